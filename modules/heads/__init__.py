@@ -1,0 +1,15 @@
+"""Similarity heads: how frame features become a video, and how texts and videos are compared.
+
+A head is one file in this folder: a subclass of :class:`modules.heads.base.Head` under ``@register("name")``.
+Importing this package imports every file in it, so a new file needs no other change.
+"""
+
+import importlib
+import pkgutil
+
+from modules.heads.base import HEADS, Head, register
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["HEADS", "Head", "register"]

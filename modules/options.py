@@ -1,0 +1,166 @@
+"""Every flag, declared once: a field of a frozen dataclass is a flag of the same name.
+
+:func:`parse_options` reads the command line, checks every value and every combination before anything is loaded, and
+returns :class:`Options`. Functions elsewhere take the group they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.options_check import check, refuse_dead_flags
+
+DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")
+FALSE_WORDS, TRUE_WORDS = ("false", "no", "off", "0"), ("true", "yes", "on", "1")
+
+
+def parse_bool(text: str) -> bool:
+    """``--flag``, ``--flag=true`` and ``--flag=False`` mean what they say."""
+    if text.lower() in TRUE_WORDS + FALSE_WORDS:
+        return text.lower() in TRUE_WORDS
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def flag(default: Any, help: str, *, type: type | None = None, **more: Any) -> Any:
+    """A dataclass field that is a command-line flag; a bool default makes a truthful switch."""
+    if isinstance(default, bool):
+        more |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    else:
+        more["type"] = type or default.__class__
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read and how clips become frames."""
+
+    datatype: str = flag("msrvtt", "dataset", choices=DATATYPES)
+    data_path: Path | None = flag(None, "annotations: MSRVTT_data.json for msrvtt, a folder for the others", type=Path)
+    features_path: Path | None = flag(None, "folder that holds the video files", type=Path)
+    train_csv: Path | None = flag(None, "msrvtt: list of training ids (MSRVTT_train.9k.csv)", type=Path)
+    val_csv: Path | None = flag(None, "msrvtt: list of test clips (MSRVTT_JSFUSION_test.csv)", type=Path)
+    expand_msrvtt_sentences: bool = flag(False, "msrvtt: train on every caption, not on one drawn per clip and epoch")
+    max_words: int = flag(32, "caption length in tokens, start and end included")
+    max_frames: int = flag(12, "frames per clip at most")
+    feature_framerate: int = flag(1, "frames taken per second before thinning to --max_frames")
+    frame_rule: str = flag("auto", "frame choice; auto: what the dataset's published numbers used (second for msvd, "
+                           "activity and --compat clip4clip, else stride)",
+                           choices=("auto", "stride", "second"))  # fmt: skip
+    slice_framepos: int = flag(2, "frames kept of too many: 0 first, 1 last, 2 spread", choices=(0, 1, 2))
+    train_frame_order: int = flag(0, "0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    eval_frame_order: int = flag(0, "0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    decoder: str = flag("pyav", "video reader", choices=("pyav", "opencv"))
+    num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process")
+    allow_missing: bool = flag(False, "evaluate without the videos that are missing or unreadable; recorded in results")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which weights and which head."""
+
+    pretrained_clip_name: str = flag("ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, or the path of CLIP weights")
+    cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept")
+    init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)
+    finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
+    activation: str = flag("auto", "MLP activation of the weights; auto: told by the file",
+                           choices=("auto", "quick_gelu", "gelu"))  # fmt: skip
+    sim_header: str = flag("meanP", "similarity head: meanP or seqTransf")
+    cross_num_hidden_layers: int = flag(4, "layers of the seqTransf head")
+    linear_patch: str = flag("2d", "patch projection", choices=("2d", "3d"))
+    loose_type: bool = flag(True, "texts and videos meet only in the similarity")
+    interaction: str = flag("no", "token-wise interaction", choices=("no", "ti", "wti"))
+    compat: str = flag("none", "reproduce a source project's numbers where they differ from what is right",
+                       choices=("none", "clip4clip", "internvideo", "drl"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Optimisation. `batch_size` is that of all processes together."""
+
+    epochs: int = flag(5, "passes over the training pairs")
+    batch_size: int = flag(128, "training pairs per step, over all processes")
+    lr: float = flag(1e-4, "learning rate of what is new")
+    coef_lr: float = flag(1e-3, "CLIP learns at lr * coef_lr")
+    warmup_proportion: float = flag(0.1, "share of the steps spent warming up")
+    weight_decay: float = flag(0.2, "decoupled weight decay")
+    freeze_layer_num: int = flag(0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower")
+    max_grad_norm: float = flag(1.0, "clip the global gradient norm")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step")
+    n_display: int = flag(50, "steps between log lines")
+    resume_model: Path | None = flag(None, "checkpoint_last.pt to continue from", type=Path)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What this run does, where, and in which precision."""
+
+    do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
+    do_eval: bool = flag(False, "evaluate")
+    eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
+    output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
+    batch_size_val: int = flag(16, "clips per evaluation batch and process")
+    save_similarity: bool = flag(False, "also write similarity.npz")
+    device: str = flag("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "auto: bf16 on CUDA cards that have it, else fp32",
+                          choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
+    fp16: bool = flag(False, "same as --precision fp16")
+    seed: int = flag(42, "seed of everything random")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All flags, grouped."""
+
+    data: DataOptions
+    model: ModelOptions
+    train: TrainOptions
+    run: RunOptions
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat and JSON-ready: flag -> value."""
+        flat = {k: v for group in vars(self).values() for k, v in vars(group).items()}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
+
+
+GROUPS = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``main_task_retrieval.py``."""
+    parser = argparse.ArgumentParser(
+        "main_task_retrieval.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Video-text retrieval with CLIP: zero-shot evaluation, fine-tuning, evaluation of checkpoints.",
+    )  # fmt: skip
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title, group.__doc__)
+        for field in dataclasses.fields(group):
+            section.add_argument(f"--{field.name}", default=field.default, **field.metadata)
+    # torch.distributed.launch passes this; the environment says the same, and modules/distributed.py reads that.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """argv -> checked :class:`Options`. A bad flag, value or combination prints one line and exits with status 2."""
+    import sys
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    refuse_dead_flags(parser, argv)
+    args = vars(parser.parse_args(argv))
+    options = Options(**{
+        name: group(**{field.name: args[field.name] for field in dataclasses.fields(group)})
+        for name, group in GROUPS.items()
+    })  # fmt: skip
+    given = {token.split("=")[0].lstrip("-") for token in argv if token.startswith("--")}
+    problem = check(options, given)
+    if problem:
+        parser.error(problem)
+    if options.run.fp16:
+        options = dataclasses.replace(options, run=dataclasses.replace(options.run, precision="fp16"))
+    return options

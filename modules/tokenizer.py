@@ -1,0 +1,133 @@
+"""CLIP's byte-pair tokenizer: captions -> token ids and mask.
+
+Method: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) on UTF-8 bytes, with the merge table of OpenAI's CLIP
+(bpe_simple_vocab_16e6.txt.gz, see the NOTICE beside it).
+"""
+
+import gzip
+import html
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+N_BYTES = 256
+N_MERGES = 48894  # the file lists more; CLIP's vocabulary stops here: 2 * 256 bytes + 48894 merges + SOT + EOT = 49408
+
+# IGNORECASE although text is lower-cased first: it also lets the long s (U+017F) match 's, as it does in CLIP.
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+# Texts made only of these need no repair: printable ASCII without "&" (which may begin an HTML entity), and whitespace.
+PLAIN = regex.compile(r"[ -%'-~\t\n\r]*")
+
+
+def clean(text: str) -> str:
+    """Repair mis-decoded characters, undo HTML escaping (twice), collapse whitespace, lower-case."""
+    if not PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _byte_order() -> tuple[list[int], dict[str, int]]:
+    """Byte of each of the first 256 ids, and id of the character by which the merge table writes that byte.
+
+    Bytes that are visible Latin-1 characters come first and stand for themselves; the others follow, written as the
+    characters from U+0100 on, because the table separates its fields by whitespace.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(N_BYTES)) - set(visible))
+    written = [chr(byte) for byte in visible] + [chr(0x100 + i) for i in range(len(hidden))]
+    return visible + hidden, {character: i for i, character in enumerate(written)}
+
+
+class Tokenizer:
+    """Captions to token ids, equal to OpenAI's tokenizer but for one case.
+
+    That case: the literal texts `<|startoftext|>` and `<|endoftext|>` are ordinary text here. OpenAI's code turns them
+    into the real special ids, so that a caption holding `<|endoftext|>` would be cut there by the text tower, which
+    reads the sentence at the highest id. `encode` never returns `sot` or `eot`.
+
+    Attributes: `sot` 49406, `eot` 49407, `vocab_size` 49408. Padding is 0, which is also the id of "!": use the mask.
+    """
+
+    def __init__(self) -> None:
+        order, id_of = _byte_order()
+        with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
+            merges = [line.split() for line in islice(file, 1, 1 + N_MERGES)]
+        # An id below 256 is a byte inside a word, +256 a byte that ends one, then one id per merge in order of rank.
+        for character, i in list(id_of.items()):
+            id_of[character + "</w>"] = i + N_BYTES
+        self._merged: dict[tuple[int, int], int] = {}
+        self._bytes = [bytes([byte]) for byte in order] + [bytes([byte]) + b" " for byte in order]
+        for left, right in merges:
+            pair = id_of[left], id_of[right]
+            id_of[left + right] = self._merged[pair] = len(self._bytes)
+            self._bytes.append(self._bytes[pair[0]] + self._bytes[pair[1]])
+        self._id_of_byte = {byte: i for i, byte in enumerate(order)}
+        self._words: dict[str, list[int]] = {}  # captions reuse few words: each is merged once
+        self.sot = len(self._bytes)
+        self.eot = self.sot + 1
+        self.vocab_size = self.eot + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without SOT and EOT, of any length; [] for an empty text."""
+        ids: list[int] = []
+        for word in WORD.findall(clean(text)):
+            known = self._words.get(word)
+            if known is None:
+                known = self._words[word] = self._merge(word)
+            ids.extend(known)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` (a list or a 1-D tensor), cleaned as `encode` leaves it, words separated by one space.
+
+        SOT is dropped and reading stops at the first EOT, so a padded row can be given as it is.
+        """
+        parts: list[bytes] = []
+        for i in map(int, ids):
+            if i == self.eot:
+                break
+            if i != self.sot:
+                parts.append(self._bytes[i])
+        return b"".join(parts).decode("utf-8", errors="replace").rstrip(" ")
+
+    def __call__(self, texts: Sequence[str], max_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows SOT, at most `max_words - 2` tokens (the first ones), EOT, then zeros.
+
+        Returns ids int64 [N, max_words] and mask bool [N, max_words], True from SOT to EOT. ValueError for
+        `max_words` < 2; TypeError for a single string, which would otherwise be read as one caption per letter.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a sequence of captions, got the single string {texts[:40]!r}: use [text]")
+        if max_words < 2:
+            raise ValueError(f"--max_words must be >= 2 (start and end token), got {max_words}")
+        rows = [[self.sot, *self.encode(text)[: max_words - 2], self.eot] for text in texts]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        padded = [row + [0] * (max_words - len(row)) for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), max_words)
+        return ids, torch.arange(max_words) < lengths[:, None]
+
+    def _merge(self, word: str) -> list[int]:
+        """Byte-pair encoding of one word: join the best-ranked neighbours, wherever they stand, until none is left."""
+        ids = [self._id_of_byte[byte] for byte in word.encode("utf-8")]
+        ids[-1] += N_BYTES
+        while len(ids) > 1:
+            # Merges are numbered by rank: the lowest merged id is the best pair.
+            best = min(self._merged.get(pair, self.sot) for pair in pairwise(ids))
+            if best == self.sot:
+                break
+            joined: list[int] = []
+            i = 0
+            while i < len(ids):
+                if i + 1 < len(ids) and self._merged.get((ids[i], ids[i + 1])) == best:
+                    joined.append(best)
+                    i += 2
+                else:
+                    joined.append(ids[i])
+                    i += 1
+            ids = joined
+        return ids

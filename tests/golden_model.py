@@ -1,0 +1,28 @@
+"""Build our models from the weights of a golden vector, as ``main_task_retrieval.py`` would from a checkpoint."""
+
+import torch
+
+from modules.checkpoints import clip_sizes, load_strict
+from modules.clip import CLIP
+from modules.heads import HEADS
+from modules.heads.base import HeadOptions
+from modules.model import VideoTextModel
+from modules.optim import parameter_name
+
+
+def build(tensors: dict[str, torch.Tensor], sim_header: str, num_layers: int = 2, compat: str = "none"):
+    """Tensors under CLIP4Clip's names -> VideoTextModel in evaluation mode."""
+    clip = {k: v for k, v in tensors.items() if k.startswith("clip.")}
+    sizes = clip_sizes(clip)
+    head = HEADS[sim_header](sizes, HeadOptions(num_layers, normalize_frames=compat != "internvideo"))
+    model = VideoTextModel(CLIP(sizes, "quick_gelu"), head).eval()
+    names = {parameter_name(name): name for name in model.state_dict()}
+    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, "golden vector")
+    return model
+
+
+def video_inputs(inputs: dict[str, torch.Tensor], suffix: str = "") -> tuple[torch.Tensor, ...]:
+    """The reference's (B, 1, F, 1, 3, H, W) video as our frames [B, F, 3, H, W], and all arguments of the model."""
+    frames = inputs[f"video{suffix}"].squeeze(3).squeeze(1)
+    return (inputs[f"input_ids{suffix}"], inputs[f"attention_mask{suffix}"].bool(), frames,
+            inputs[f"video_mask{suffix}"].bool())  # fmt: skip

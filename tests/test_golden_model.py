@@ -1,0 +1,174 @@
+"""Towers, heads, loss and gradients against numbers of the CLIP4Clip reference."""
+
+import pytest
+import torch
+from golden_model import build, video_inputs
+from golden_vectors import fixtures, inputs, load, weights
+
+from modules.heads import HEADS
+from modules.heads.base import HeadOptions
+from modules.losses import contrastive_loss
+from modules.model import VideoTextModel
+from modules.optim import parameter_name
+
+WHOLE_MODELS = fixtures("A1_meanP_2d") + fixtures("A3_seqTransf_2d")
+
+
+def gradient_norms(model: VideoTextModel, names: list[str]) -> tuple[list[float], float]:
+    gradients = {parameter_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    return [gradients[name].norm().item() for name in names], total.item()
+
+
+@pytest.mark.parametrize("stem", WHOLE_MODELS)
+def test_features_logits_loss_and_gradients(stem):
+    vector = load(stem)
+    model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
+    ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
+    with torch.no_grad():
+        flat = frames.flatten(0, 1)
+        features = model.clip.encode_image(flat).view(*frame_mask.shape, -1)
+        tower = model.clip.visual
+        got = {
+            "frame_features": features,
+            "image_hidden_first2": tower.ln_post(tower.tokens(flat[:2])) @ tower.proj,
+            "text_features": model.clip.encode_text(ids),
+            "text_hidden": model.clip.text_tokens(ids),
+            "sequence_output": model.clip.encode_text(ids)[:, None],
+            "visual_output": features,
+            "logits": model.similarity(model.encode_text(ids, token_mask), model.encode_video(frames, frame_mask)),
+        }
+    loss = model(ids, token_mask, frames, frame_mask)
+    loss.backward()
+    norms, total = gradient_norms(model, vector.data["grad_norm_params"])
+    got |= {"train_loss": loss.detach()[None], "grad_norms": norms, "grad_norm_total": [total]}
+    rows = vector.check(got)
+    assert {row[0] for row in rows} == set(vector.expected()), "a value of the vector was not compared"
+    without = {parameter_name(n) for n, p in model.named_parameters() if p.grad is None}
+    assert without == set(vector.data["params_without_gradient"])
+
+
+@pytest.mark.parametrize("stem", WHOLE_MODELS)
+def test_text_cut_to_its_length_changes_nothing(stem):
+    vector = load(stem)
+    model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
+    ids, token_mask, _, _ = video_inputs(inputs(vector))
+    lengths = token_mask.sum(1).tolist()
+    assert min(lengths) < ids.shape[1]
+    with torch.no_grad():
+        whole = model.clip.encode_text(ids)
+        cut = torch.cat([model.clip.encode_text(ids[i : i + 1, :n]) for i, n in enumerate(lengths)])
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("stem", WHOLE_MODELS)
+def test_padding_cannot_matter(stem):
+    vector = load(stem)
+    model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
+    _, _, frames, frame_mask = video_inputs(inputs(vector))
+    with torch.no_grad():
+        want = model.encode_video(frames, frame_mask)
+        spoiled = torch.where(frame_mask[..., None, None, None], frames, torch.nan)
+        torch.testing.assert_close(model.encode_video(spoiled, frame_mask), want, rtol=0, atol=0)
+        last = len(frames) - 1
+        alone = model.encode_video(frames[last:, : int(frame_mask[last].sum())], frame_mask[last:, frame_mask[last]])
+    torch.testing.assert_close(alone, want[last:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stem", fixtures("A7_real_*"))
+def test_real_sizes(stem):
+    vector = load(stem)
+    tensors = weights(vector)
+    ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
+    model = build(tensors, vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
+    mean = HEADS["meanP"](model.clip.sizes, HeadOptions())
+    with torch.no_grad():
+        text = model.clip.encode_text(ids)
+        features = model.clip.encode_image(frames.flatten(0, 1)).view(*frame_mask.shape, -1)
+        scale = model.clip.logit_scale.exp()
+        vector.check({
+            "sequence_output": text[:, None], "visual_output": features,
+            **{
+                f"logits_{name}": scale * head.similarity(head.text(text), head.video(features, frame_mask))
+                for name, head in (("seqTransf", model.head), ("meanP", mean))
+            },
+        }, require_all=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", fixtures("A9_head_meanP_small") + fixtures("A9_head_seqTransf_small"))
+def test_head_on_small_features(stem):
+    """Features of size 1e-3 make the eps of LayerNorm visible: 1e-12 in heads."""
+    vector = load(stem)
+    x, config = inputs(vector), vector.config
+    sizes = build_sizes(config)
+    head = HEADS[config["sim_header"]](sizes, HeadOptions(config["cross_num_hidden_layers"])).eval()
+    tensors = weights(vector)
+    scale = tensors.pop("clip.logit_scale").exp()
+    head.load_state_dict(tensors)
+    with torch.no_grad():
+        video = head.video(x["visual_output"], x["video_mask"].bool())
+        logits = scale * head.similarity(head.text(x["sequence_output"][:, 0]), video)
+    vector.check({"logits": logits}, require_all=True)
+
+
+def build_sizes(config: dict):
+    from modules.checkpoints import ClipSizes
+
+    return ClipSizes(
+        embed_dim=config["embed_dim"], image_resolution=config["image_resolution"],
+        vision_layers=config["vision_layers"], vision_width=config["vision_width"],
+        patch_size=config["vision_patch_size"], context_length=config["context_length"],
+        vocab_size=config["vocab_size"], text_width=config["transformer_width"],
+        text_heads=config["transformer_width"] // 64, text_layers=config["transformer_layers"],
+        vision_heads=config["vision_width"] // 64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", fixtures("A8*"))
+@pytest.mark.parametrize("case", ["meanP/2d", "seqTransf/2d"])
+def test_heads_start_from_clip(stem, case):
+    vector = load(stem)
+    clip = weights(vector)
+    table = vector.data["cases"][case]
+    head = HEADS[case.split("/")[0]]
+    start = head.init_from_clip(clip, HeadOptions(vector.config["cross_num_hidden_layers"]))
+    assert set(start) == set(table["targets"])
+    for target, (how, source) in table["targets"].items():
+        assert how == "copy"
+        assert torch.equal(start[target], clip[source]), target
+    tensors = {f"clip.{k}": v for k, v in clip.items()} | start
+    model = build(tensors, case.split("/")[0], vector.config["cross_num_hidden_layers"])
+    assert {parameter_name(k): list(v.shape) for k, v in model.state_dict().items()} == table["state_dict"]
+
+
+@pytest.mark.parametrize("stem", fixtures("A12*"))
+def test_weights_rounded_to_half(stem):
+    """CLIP4Clip keeps CLIP in float16; the same weights in our float32 give the same logits."""
+    vector = load(stem)
+    halves = load(fixtures("A8*")[0]).data["cases"]["meanP/2d"]["half_after_convert_weights"]
+    for name in ("A1_meanP_2d", "A3_seqTransf_2d"):
+        source = load(name)
+        tensors = {k: v.half().float() if is_half(k, halves) else v for k, v in weights(source).items()}
+        model = build(tensors, source.config["sim_header"], source.config["cross_num_hidden_layers"])
+        ids, token_mask, frames, frame_mask = video_inputs(inputs(source))
+        with torch.no_grad():
+            logits = model.similarity(model.encode_text(ids, token_mask), model.encode_video(frames, frame_mask))
+        rows = vector.check({f"{name}_fp16_weights_fp32_compute": logits, f"{name}_fp16_weights_fp16_compute": logits})
+        assert len(rows) == 2
+
+
+def is_half(key: str, halves: list[str]) -> bool:
+    """The vector lists CLIP's tensors of a 4 + 3 layer model; others of the same kind are halved alike."""
+    import re
+
+    def kind(name: str) -> str:
+        return re.sub(r"resblocks\.\d+\.", "resblocks.N.", name)
+
+    return kind(key) in {kind(k) for k in halves}
+
+
+def test_loss_by_hand():
+    """Two pairs: log(1 + e^-1) for the first row and column, log(1 + e^-3) for the second ones."""
+    logits = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    want = (torch.tensor([-1.0, -3.0]).exp() + 1).log().mean()
+    torch.testing.assert_close(contrastive_loss(logits), want)

@@ -1,0 +1,132 @@
+"""BertAdam, parameter groups, freezing and whole training steps against the CLIP4Clip reference."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from golden_model import build, video_inputs
+from golden_vectors import fixtures, inputs, load, weights
+from test_golden_model import build_sizes
+
+from modules.clip import CLIP
+from modules.distributed import World
+from modules.heads import HEADS
+from modules.heads.base import HeadOptions
+from modules.model import VideoTextModel
+from modules.optim import BertAdam, freeze, parameter_groups, parameter_name
+from modules.train import Trainer
+
+
+@pytest.mark.parametrize("stem", fixtures("E1*"))
+def test_bertadam(stem):
+    vector = load(stem)
+    x, config = inputs(vector), vector.config
+    assert set(vector.data) == set(vector.expected())
+    for run, settings in vector.data.items():
+        params = {n: torch.nn.Parameter(x[f"p_{n}"].clone()) for n in config["flat_order"]}
+        groups = [
+            {"params": [params[n] for n in group["names"]], "lr": group["lr"],
+             "weight_decay": settings["weight_decay"] if group["weight_decay"] == "wd" else group["weight_decay"]}
+            for group in config["groups"]
+        ]  # fmt: skip
+        optimizer = BertAdam(
+            groups, lr=config["base_lr"], warmup=settings["warmup"], t_total=settings["t_total"],
+            schedule=settings["schedule"], betas=(config["b1"], config["b2"]), eps=config["e"],
+            max_grad_norm=settings["max_grad_norm"],
+        )  # fmt: skip
+        trace = []
+        for step, rates in enumerate(settings["lr_used_at_step"]):
+            assert optimizer.current_lrs() == pytest.approx(rates, rel=1e-6, abs=1e-12), (run, step)
+            for name, parameter in params.items():
+                parameter.grad = x[f"g_{name}"][step].clone()
+            optimizer.step()
+            trace.append(torch.cat([params[n].detach().flatten() for n in config["flat_order"]]))
+        assert vector.check({run: torch.stack(trace)})
+
+
+def model_of(config: dict, sim_header: str) -> VideoTextModel:
+    sizes = build_sizes(config)
+    head = HEADS[sim_header](sizes, HeadOptions(config["cross_num_hidden_layers"]))
+    return VideoTextModel(CLIP(sizes, "quick_gelu"), head)
+
+
+def block0_only(names: list[str]) -> set[str]:
+    return {n for n in names if not re.search(r"resblocks\.[1-9]", n)}
+
+
+@pytest.mark.parametrize("stem", fixtures("E2*"))
+@pytest.mark.parametrize("sim_header", ["meanP", "seqTransf"])
+def test_parameter_groups_of_clip4clip(stem, sim_header):
+    vector = load(stem)
+    config = vector.config
+    model = model_of(config, sim_header)
+    groups = parameter_groups(model, config["lr"], config["coef_lr"], config["weight_decay"], "clip4clip")
+    wanted = vector.data["groups"][f"{sim_header}/2d"]["groups"]
+    assert len(groups) == len(wanted)
+    for ours, theirs in zip(groups, wanted):
+        assert ours["lr"] == pytest.approx(theirs["lr"])
+        assert ours["weight_decay"] == theirs["weight_decay"]
+        assert len(ours["names"]) == theirs["n"]
+        assert block0_only(ours["names"]) == set(theirs["names_block0_only"])
+
+
+def test_weight_decay_by_meaning():
+    """Without --compat only weight matrices decay: no bias, LayerNorm, embedding, positional table or scale."""
+    model = model_of(load(fixtures("E2*")[0]).config, "seqTransf")
+    groups = parameter_groups(model, 1e-4, 1e-3, 0.2, "none")
+    decayed = {n for g in groups if g["weight_decay"] for n in g["names"]}
+    kept = {n for g in groups if not g["weight_decay"] for n in g["names"]}
+    assert "clip.visual.conv1.weight" in decayed
+    assert "clip.text_projection" in decayed
+    assert "transformerClip.resblocks.0.mlp.c_fc.weight" in decayed
+    assert {"clip.logit_scale", "clip.visual.ln_pre.weight", "clip.token_embedding.weight", "clip.positional_embedding",
+            "clip.visual.class_embedding", "frame_position_embeddings.weight",
+            "transformerClip.resblocks.0.ln_1.weight"} <= kept  # fmt: skip
+    assert len(decayed) + len(kept) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("stem", fixtures("E2*"))
+@pytest.mark.parametrize("sim_header", ["meanP", "seqTransf"])
+@pytest.mark.parametrize("num_layers", [-1, 0, 2, 12])
+def test_freezing(stem, sim_header, num_layers):
+    vector = load(stem)
+    model = model_of(vector.config, sim_header)
+    frozen = freeze(model.clip, num_layers)
+    wanted = vector.data["freeze"][f"{sim_header}/2d/freeze_layer_num={num_layers}"]
+    blocks = wanted["frozen"]["blocks"]
+    names = set(wanted["frozen"]["names"])
+    for name, _ in model.clip.named_parameters():
+        names |= {name for prefix, which in blocks.items() for i in which if name.startswith(f"{prefix}{i}.")}
+    assert set(frozen) == names
+    assert len(frozen) == wanted["n_frozen"]
+    assert {n for n, p in model.clip.named_parameters() if not p.requires_grad} == names
+    assert all(p.requires_grad for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("stem", fixtures("E3*"))
+def test_whole_training_steps(stem):
+    vector = load(stem)
+    config, x = vector.config, inputs(vector)
+    start = weights(vector)
+    model = build(start, config["sim_header"], config["cross_num_hidden_layers"])
+    groups = parameter_groups(model, config["lr"], config["coef_lr"], config["weight_decay"], "clip4clip")
+    optimizer = BertAdam(
+        groups, lr=config["lr"], warmup=config["warmup_proportion"], schedule=config["schedule"], betas=(0.9, 0.98),
+        t_total=config["t_total"], weight_decay=config["weight_decay"], max_grad_norm=1.0,
+    )  # fmt: skip
+    trainer = Trainer(model, optimizer, World(0, 1, torch.device("cpu")), "fp32", config["max_grad_norm"])
+    losses, norms, scales = [], [], []
+    for step in range(config["t_total"]):
+        ids, token_mask, frames, frame_mask = video_inputs(x, f"_{step}")
+        loss, norm = trainer.step(SimpleNamespace(token_ids=ids, token_mask=token_mask, frames=frames,
+                                                  frame_mask=frame_mask, video_ids=()))  # fmt: skip
+        losses.append(loss)
+        norms.append(norm)
+        scales.append(model.clip.logit_scale.item())
+    end = {parameter_name(k): v for k, v in model.state_dict().items()}
+    changes = [(end[n] - start[n]).norm().item() for n in vector.data["weight_change_params"]]
+    vector.check({
+        "losses": losses, "total_grad_norms": norms, "logit_scales": scales, "weight_change_norms": changes,
+        "clip.ln_final.bias": end["clip.ln_final.bias"],
+    }, require_all=True)  # fmt: skip
