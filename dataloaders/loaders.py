@@ -1,0 +1,101 @@
+"""DataLoaders: training pairs, the videos of a split, its captions; each sharded over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataloaders.datasets import Collate, PairDataset, Tokenize, VideoDataset, VideoSource, trim
+from dataloaders.split import RetrievalSplit
+
+
+class GlobalBatchSampler(Sampler):
+    """This rank's share of every global batch of shuffled pairs.
+
+    The order depends on seed and epoch alone, so W ranks together see the batches that one process would see. The
+    last, incomplete batch is dropped, as in the source projects.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"--batch_size is global and must divide by {world_size} processes, got {batch_size}")
+        if batch_size > size:
+            raise ValueError(f"--batch_size {batch_size} exceeds the {size} training items: no whole batch fits")
+        self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
+        share = self.batch_size // self.world_size
+        for step in range(len(self)):
+            start = step * self.batch_size + self.rank * share
+            yield [(self.epoch, int(i)) for i in order[start : start + share]]
+
+
+class ShardedBatches(Sampler):
+    """Whole consecutive batches dealt out to the ranks, so that what a batch holds does not depend on their number."""
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        starts = range(0, size, batch_size)
+        self.batches = [list(range(s, min(s + batch_size, size))) for s in starts[rank::world_size]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def _one_thread(_: int) -> None:
+    # Workers run side by side; torch's own threads in each would fight over the cores.
+    torch.set_num_threads(1)
+
+
+def _loader(dataset: Dataset, batches: Sampler, collate: Collate, num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
+        worker_init_fn=_one_thread, prefetch_factor=2 if num_workers else None,
+    )  # fmt: skip
+
+
+def pair_loader(
+    split: RetrievalSplit, source: VideoSource, tokenize: Tokenize, *, expand: bool, batch_size: int,
+    num_workers: int, seed: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False,
+) -> DataLoader:  # fmt: skip
+    """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` before each epoch."""
+    dataset = PairDataset(split, source, expand, seed)
+    batches = GlobalBatchSampler(len(dataset), batch_size, rank, world_size, seed)
+    return _loader(dataset, batches, Collate(tokenize), num_workers, pin_memory)
+
+
+def video_loader(
+    split: RetrievalSplit, source: VideoSource, *, batch_size: int, num_workers: int, seed: int = 0,
+    rank: int = 0, world_size: int = 1, pin_memory: bool = False,
+) -> DataLoader:  # fmt: skip
+    """Batches of the split's videos, each video once, this rank's share."""
+    dataset = VideoDataset(split, source, seed)
+    batches = ShardedBatches(len(dataset), batch_size, rank, world_size)
+    return _loader(dataset, batches, Collate(), num_workers, pin_memory)
+
+
+class CaptionBatches:
+    """Batches (index int64 [B], token_ids int64 [B, L], token_mask bool [B, L]) of a split's captions, each once."""
+
+    def __init__(
+        self, split: RetrievalSplit, tokenize: Tokenize, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.split, self.tokenize = split, tokenize
+        self.batches = ShardedBatches(len(split.captions), batch_size, rank, world_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in self.batches:
+            yield torch.tensor(batch), *trim(*self.tokenize([self.split.captions[i] for i in batch]))

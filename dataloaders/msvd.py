@@ -1,0 +1,58 @@
+"""MSVD: {train,val,test}_list.txt and raw-captions.pkl -> RetrievalSplit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dataloaders.annotation_files import (
+    AnnotationFiles,
+    read_id_list,
+    read_plain_pickle,
+    require_annotated,
+    require_split,
+)
+from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
+
+DATATYPE = "msvd"
+SPLITS = ("train", "val", "test")
+HAS_VAL = True
+FRAME_RULE = "second"
+EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm")
+RECURSIVE = True
+EXPECTED = {"train": Expected(1_200, 48_774), "val": Expected(100, 4_290), "test": Expected(670, 27_763)}
+
+
+def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
+    """All captions (18 to 81) of each listed video; paths None, no video is touched. Raises AnnotationError."""
+    require_split(DATATYPE, split, SPLITS)
+    list_path = files.in_folder(f"{split}_list.txt")
+    captions_path = files.in_folder("raw-captions.pkl")
+    ids = read_id_list(list_path)
+    raw = read_plain_pickle(captions_path)
+    if not isinstance(raw, dict):
+        raise AnnotationError(f"{captions_path}: must hold {{id: [[token, …], …]}}, holds a {type(raw).__name__}")
+    captions = {_text(video_id): sentences for video_id, sentences in raw.items()}
+    require_annotated(ids, captions, list_path, captions_path)
+    clips = {VideoClip(i): _sentences(captions_path, i, captions[i]) for i in ids}
+    return build_split(DATATYPE, split, clips, EXPECTED[split])
+
+
+def _sentences(path: Path, video_id: str, sentences: Any) -> list[str]:
+    """[[token, …], …] -> ["token token …", …]"""
+    if not isinstance(sentences, (list, tuple)) or not sentences:
+        raise AnnotationError(f"{path}: key {video_id!r}: must be a non-empty list of captions, is {sentences!r:.80}")
+    joined = []
+    for n, tokens in enumerate(sentences):
+        if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, (str, bytes)) for token in tokens):
+            raise AnnotationError(f"{path}: key {video_id!r}[{n}]: must be a list of tokens, is {tokens!r:.80}")
+        sentence = " ".join(_text(token) for token in tokens)
+        if not sentence.strip():
+            raise AnnotationError(f"{path}: key {video_id!r}[{n}]: the caption is empty")
+        joined.append(sentence)
+    return joined
+
+
+def _text(value: Any) -> Any:
+    # Pickles written with bytes (Python 3, from Python 2 data) hold the same words undecoded.
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,156 @@
+"""What every dataset becomes: unique videos, captions, and for each caption the video it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+class AnnotationError(ValueError):
+    """An annotation file is absent, malformed or contradicts another; the message names file and place."""
+
+
+class VideoFolderError(ValueError):
+    """The folder of --features_path cannot serve the split; the message names it and what was looked for."""
+
+
+@dataclass(frozen=True)
+class VideoClip:
+    """One unique video; `start` and `end` in seconds, None = the whole file; `path` is None until located on disk."""
+
+    video_id: str
+    path: Path | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Published counts of a split; None where none is published (a sample, a list of one's own)."""
+
+    videos: int | None
+    captions: int | None
+
+
+def first_ids(ids: Iterable[str], limit: int = 5) -> str:
+    """The first few of `ids` for a message, with the count of those left out."""
+    listed = list(ids)
+    more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(repr(video_id) for video_id in listed[:limit]) + more
+
+
+@dataclass(frozen=True, eq=False)  # a field is an array, for which == has no single answer
+class RetrievalSplit:
+    """V unique videos, N captions and the index of each caption's video, checked on construction.
+
+    `caption_to_video` is int64 [N] with values in [0, V), stored read-only. `missing_videos` are ids that the
+    annotations list but `videos` no longer holds. Raises AnnotationError naming dataset, split and first offending id.
+    """
+
+    dataset: str
+    name: str
+    videos: tuple[VideoClip, ...]
+    captions: tuple[str, ...]
+    caption_to_video: np.ndarray
+    expected: Expected
+    missing_videos: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.caption_to_video)
+        if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+            raise self._error(f"caption_to_video must be integers of shape [N], got {given.dtype} {given.shape}")
+        index = given.astype(np.int64)  # a copy: the caller's array is not frozen with it
+        index.flags.writeable = False
+        object.__setattr__(self, "caption_to_video", index)
+        for field in ("videos", "captions", "missing_videos"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check(index)
+
+    def _check(self, index: np.ndarray) -> None:
+        if not self.videos:
+            gone = f" ({len(self.missing_videos)} missing: {first_ids(self.missing_videos)})"
+            raise self._error("no video is left" + (gone if self.missing_videos else ""))
+        if len(index) != len(self.captions):
+            raise self._error(f"{len(self.captions)} captions but {len(index)} entries in caption_to_video")
+        seen: set[str] = set()
+        for clip in self.videos:
+            if clip.video_id in seen:
+                raise self._error(f"video id {clip.video_id!r} occurs twice")
+            seen.add(clip.video_id)
+        outside = np.flatnonzero((index < 0) | (index >= len(self.videos)))
+        if outside.size:
+            n = int(outside[0])
+            raise self._error(
+                f"caption {n} ({self.captions[n]!r}) points at video {index[n]}, there are {len(self.videos)}"
+            )
+        for n, caption in enumerate(self.captions):
+            if not caption.strip():
+                raise self._error(f"caption {n} of video {self.videos[index[n]].video_id!r} is empty")
+        bare = np.flatnonzero(np.bincount(index, minlength=len(self.videos)) == 0)
+        if bare.size:
+            names = first_ids(self.videos[v].video_id for v in bare)
+            raise self._error(f"videos without a caption: {names}")
+        both = seen.intersection(self.missing_videos)
+        if both:
+            raise self._error(f"videos both present and missing: {first_ids(sorted(both))}")
+
+    def _error(self, message: str) -> AnnotationError:
+        return AnnotationError(f"{self.dataset} {self.name}: {message}")
+
+    @property
+    def captions_per_video(self) -> np.ndarray:
+        """int64 [V], the number of captions of each video (all >= 1)."""
+        return np.bincount(self.caption_to_video, minlength=len(self.videos))
+
+    def drop(self, video_ids: Iterable[str]) -> RetrievalSplit:
+        """A split without these videos and their captions, re-indexed, the ids appended to `missing_videos`.
+
+        Raises AnnotationError for an id that the split does not hold, and when no video would be left.
+        """
+        gone = set(video_ids)
+        unknown = sorted(gone - {clip.video_id for clip in self.videos})
+        if unknown:
+            raise self._error(f"cannot drop videos it does not hold: {first_ids(unknown)}")
+        if not gone:
+            return self
+        keep = np.array([clip.video_id not in gone for clip in self.videos])
+        new_index = np.cumsum(keep) - 1
+        kept_captions = np.flatnonzero(keep[self.caption_to_video])
+        return RetrievalSplit(
+            dataset=self.dataset,
+            name=self.name,
+            videos=tuple(clip for clip in self.videos if clip.video_id not in gone),
+            captions=tuple(self.captions[n] for n in kept_captions),
+            caption_to_video=new_index[self.caption_to_video[kept_captions]],
+            expected=self.expected,
+            missing_videos=(*self.missing_videos, *(c.video_id for c in self.videos if c.video_id in gone)),
+        )
+
+
+def build_split(
+    dataset: str,
+    name: str,
+    captions_by_video: dict[VideoClip, Iterable[str]],
+    expected: Expected,
+) -> RetrievalSplit:
+    """Flatten {clip: its captions} into a RetrievalSplit; captions keep order and lose outer white space.
+
+    The captions of a video are consecutive. Raises AnnotationError as RetrievalSplit does.
+    """
+    captions: list[str] = []
+    owners: list[int] = []
+    for video, texts in enumerate(captions_by_video.values()):
+        before = len(captions)
+        captions.extend(text.strip() for text in texts)
+        owners.extend([video] * (len(captions) - before))
+    return RetrievalSplit(
+        dataset=dataset,
+        name=name,
+        videos=tuple(captions_by_video),
+        captions=tuple(captions),
+        caption_to_video=np.array(owners, dtype=np.int64),
+        expected=expected,
+    )

@@ -1,0 +1,425 @@
+"""Each dataset's files, in their own layouts and damaged, and the real id lists against the published counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import pickletools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
+from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle
+from dataloaders.registry import DATASETS, load_split
+from dataloaders.split import AnnotationError, Expected, RetrievalSplit
+
+DATA = Path(__file__).parent / "data"
+UNPUBLISHED = Expected(None, None)
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def captions_of(split: RetrievalSplit) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {clip.video_id: [] for clip in split.videos}
+    for caption, video in zip(split.captions, split.caption_to_video):
+        found[split.videos[video].video_id].append(caption)
+    return found
+
+
+def msrvtt_json(path: Path, captions: dict[str, list[str]]) -> Path:
+    sentences = [{"video_id": i, "caption": text, "sen_id": 0} for i, texts in captions.items() for text in texts]
+    return write(path, {"videos": [{"video_id": i, "url": ""} for i in captions], "sentences": sentences})
+
+
+def test_every_dataset_declares_the_same_things():
+    assert list(DATASETS) == ["msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex"]
+    for datatype, module in DATASETS.items():
+        assert (module.FRAME_RULE == "second") == (datatype in ("msvd", "activity"))
+        assert module.FRAME_RULE in ("second", "stride")
+        assert module.HAS_VAL is ("val" in module.SPLITS)
+        assert all(extension.startswith(".") for extension in module.EXTENSIONS)
+
+
+@pytest.mark.parametrize("module", DATASETS.values(), ids=list(DATASETS))
+def test_an_unknown_split_lists_those_there_are(module):
+    with pytest.raises(AnnotationError, match=f"{module.DATATYPE} has no split 'dev'; it has train, "):
+        module.load("dev", AnnotationFiles())
+
+
+# MSR-VTT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "count"), [("9k", 9_000), ("7k", 7_010)])
+def test_msrvtt_real_training_lists(tmp_path, name, count):
+    train_csv = DATA / f"MSRVTT_train.{name}.csv"
+    ids = train_csv.read_text().split()[1:]
+    data = msrvtt_json(tmp_path / "MSRVTT_data.json", {i: [f"{i} {n}" for n in range(20)] for i in ids})
+    split = msrvtt.load("train", AnnotationFiles(data_path=data, train_csv=train_csv))
+    assert (len(split.videos), len(split.captions)) == (count, 20 * count)
+    assert split.expected == Expected(count, 20 * count)
+
+
+def test_msrvtt_real_1k_a():
+    split = msrvtt.load("test", AnnotationFiles(val_csv=DATA / "MSRVTT_JSFUSION_test.csv"))
+    assert split.expected == Expected(1_000, 1_000)
+    assert np.array_equal(split.caption_to_video, np.arange(1_000))
+    assert len(set(split.captions)) == 995
+    assert captions_of(split)["video9770"] == ["a person is connecting something to system"]
+
+
+def test_msrvtt_lists_without_sentences_take_all_captions(tmp_path):
+    ids = [f"video{n}" for n in range(2_990)]
+    full = write(tmp_path / "full_test.csv", "video_id\n" + "\n".join(ids))
+    data = msrvtt_json(tmp_path / "data.json", {i: [f"{i} {n}" for n in range(20)] for i in ids})
+    split = msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=full))
+    assert len(split.captions) == split.expected.captions == 59_800
+    b_list = write(tmp_path / "1k_b.csv", "video_id\n" + "\n".join(ids[:1_000]))
+    assert msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=b_list)).expected == Expected(1_000, 20_000)
+    val = write(tmp_path / "val.csv", "video_id\n" + "\n".join(ids[:497]))
+    assert msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=val)).expected.videos == 497
+
+
+def test_msrvtt_small_lists_have_no_published_count(tmp_path):
+    text = 'key,vid_key,video_id,sentence\nret0,msr1,video1,"one, two"\n\nret1,msr2,video2,"say ""hi"""\n'
+    val_csv = write(tmp_path / "val.csv", "\ufeff" + text.replace("\n", "\r\n"))
+    split = msrvtt.load("test", AnnotationFiles(val_csv=val_csv))
+    assert captions_of(split) == {"video1": ["one, two"], "video2": ['say "hi"']}
+    assert split.expected == UNPUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("key,sentence\nret0,hello\n", r"val\.csv: line 1: no column 'video_id'; it has 'key', 'sentence'"),
+        ("video_id,sentence\nvideo1,one, two\n", r"val\.csv: line 2: 3 cells where the header has 2"),
+        ("video_id,sentence\nvideo1,a\nvideo1,b\n", r"val\.csv: line 3: id 'video1' already stands at line 2"),
+        ("video_id,sentence\nvideo1,a\nvideo2, \n", r"val\.csv: line 3: column 'sentence' is empty"),
+        ("video_id,sentence\n,a\n", r"val\.csv: line 2: the id is empty"),
+        ('video_id,sentence\nvideo1,"a\n', r"val\.csv: line 2: unexpected end of data"),
+        ("video_id,video_id\nvideo1,a\n", r"val\.csv: line 1: column 'video_id' occurs twice"),
+        ("video_id,sentence\n", r"val\.csv: no row in the file"),
+        ("", r"val\.csv: no row in the file"),
+    ],
+)
+def test_msrvtt_malformed_csv(tmp_path, content, message):
+    val_csv = write(tmp_path / "val.csv", content)
+    with pytest.raises(AnnotationError, match=message):
+        msrvtt.load("test", AnnotationFiles(val_csv=val_csv))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sentences": [\n{"video_id": }]}', r"data\.json: line 2, column 14: Expecting value"),
+        ("[]", r"data\.json: must hold an object {…}, holds a list"),
+        ({"videos": []}, r"data\.json: top level: no key 'sentences'; it has 'videos'"),
+        ({"sentences": [{"video_id": "video1"}]}, r"data\.json: sentences\[0\]: no key 'caption'"),
+        ({"sentences": [{"video_id": "video1", "caption": 3}]}, r"sentences\[0\]\.caption: must be a str, is int 3"),
+        ({"sentences": [{"video_id": "video1", "caption": " "}]}, r"sentences\[0\]\.caption: is empty"),
+        ({"sentences": ["hello"]}, r"sentences\[0\]: must be an object {…}, is a str"),
+        ({"sentences": []}, r"train\.csv: 1 ids have no caption in .*data\.json: 'video1'"),
+        ("[" * 100_000, r"data\.json: nested too deeply"),
+    ],
+)
+def test_msrvtt_malformed_json(tmp_path, content, message):
+    files = AnnotationFiles(
+        data_path=write(tmp_path / "data.json", content),
+        train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n"),
+    )
+    with pytest.raises(AnnotationError, match=message):
+        msrvtt.load("train", files)
+
+
+def test_text_that_is_not_utf8_names_line_and_column(tmp_path):
+    path = tmp_path / "val.csv"
+    path.write_bytes(b"video_id,sentence\nvideo1,caf\xe9\n")
+    with pytest.raises(AnnotationError, match=r"val\.csv: line 2, column 11: not UTF-8"):
+        msrvtt.load("test", AnnotationFiles(val_csv=path))
+
+
+def test_absent_files_name_the_flag(tmp_path):
+    with pytest.raises(AnnotationError, match="--train_csv is needed"):
+        msrvtt.load("train", AnnotationFiles())
+    with pytest.raises(AnnotationError, match=r"gone\.csv: cannot be read: No such file"):
+        msrvtt.load("train", AnnotationFiles(train_csv=tmp_path / "gone.csv"))
+    with pytest.raises(AnnotationError, match="--data_path is needed: the folder that holds test_list.txt"):
+        msvd.load("test", AnnotationFiles())
+    with pytest.raises(AnnotationError, match="put test_list.txt into --data_path"):
+        msvd.load("test", AnnotationFiles(data_path=tmp_path))
+    with pytest.raises(AnnotationError, match="is not a folder"):
+        msvd.load("test", AnnotationFiles(data_path=write(tmp_path / "f", "x")))
+
+
+# MSVD ---------------------------------------------------------------------------------------------------------------
+
+
+def msvd_folder(folder: Path, split: str, ids: list[str], raw: object, protocol: int = 2) -> AnnotationFiles:
+    write(folder / f"{split}_list.txt", "\n".join(ids) + "\n\n")
+    (folder / "raw-captions.pkl").write_bytes(raw if isinstance(raw, bytes) else pickle.dumps(raw, protocol))
+    return AnnotationFiles(data_path=folder)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 1_200), ("val", 100), ("test", 670)])
+def test_msvd_real_lists(tmp_path, split, count):
+    ids = (DATA / "msvd" / f"{split}_list.txt").read_text().split()
+    files = msvd_folder(tmp_path, split, ids, {i: [["a", i], ["two", "words"]] for i in ids})
+    loaded = msvd.load(split, files)
+    assert len(loaded.videos) == loaded.expected.videos == count
+    assert captions_of(loaded)[ids[0]] == [f"a {ids[0]}", "two words"]
+
+
+def test_msvd_reads_python_2_pickles(tmp_path):
+    # What Python 2 wrote for {'v': [['caf\xe9'], [u'b']]} with protocol 0: quoted byte strings and unicode.
+    old = b"(dp0\nS'v'\np1\n(lp2\n(lp3\nS'caf\\xe9'\np4\naa(lp5\nVb\np6\naas."
+    split = msvd.load("test", msvd_folder(tmp_path, "test", ["v"], old))
+    assert split.captions == ("caf\xe9", "b")
+
+
+class Attack:
+    """Unpickled the usual way, this makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_msvd_pickle_runs_nothing(tmp_path, protocol):
+    mark = tmp_path / "mark"
+    raw = pickle.dumps({"v": [["a"]], "w": Attack(mark)}, protocol)
+    assert any(code.name in ("GLOBAL", "STACK_GLOBAL") for code, _, _ in pickletools.genops(raw))
+    with pytest.raises(AnnotationError, match=r"raw-captions\.pkl: not a plain pickle .*names posix\.mkdir"):
+        msvd.load("test", msvd_folder(tmp_path, "test", ["v"], raw))
+    assert not mark.exists()
+    pickle.loads(raw)
+    assert mark.is_dir()  # so the pickle was a real attack
+
+
+def test_plain_pickle_admits_containers_and_refuses_the_rest(tmp_path):
+    path = tmp_path / "p.pkl"
+    plain = {"a": [1, 2.5, None, True, 10**30], "b": ("x", b"y", {"z"})}
+    path.write_bytes(pickle.dumps(plain, 4))
+    assert read_plain_pickle(path) == plain
+    for refused in (np.zeros(2), Path("x"), np.float64(1), b"\x80\x04PidQ."):
+        path.write_bytes(refused if isinstance(refused, bytes) else pickle.dumps(refused))
+        with pytest.raises(AnnotationError, match=r"p\.pkl: not a plain pickle"):
+            read_plain_pickle(path)
+    with pytest.raises(AnnotationError, match=r"gone\.pkl: cannot be read"):
+        read_plain_pickle(tmp_path / "gone.pkl")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (pickle.dumps({"v": [["a", "b"]] * 50})[:60], r"raw-captions\.pkl: not a plain pickle"),
+        (b"", r"raw-captions\.pkl: not a plain pickle"),
+        (["v"], r"raw-captions\.pkl: must hold {id: \[\[token, …\], …\]}, holds a list"),
+        ({"w": [["a"]]}, r"test_list\.txt: 1 ids have no caption in .*raw-captions\.pkl: 'v'"),
+        ({"v": []}, r"raw-captions\.pkl: key 'v': must be a non-empty list of captions"),
+        ({"v": [["a"], "abc"]}, r"raw-captions\.pkl: key 'v'\[1\]: must be a list of tokens"),
+        ({"v": [["a"], [1]]}, r"raw-captions\.pkl: key 'v'\[1\]: must be a list of tokens"),
+        ({"v": [["a"], []]}, r"raw-captions\.pkl: key 'v'\[1\]: the caption is empty"),
+    ],
+)
+def test_msvd_malformed_pickle(tmp_path, raw, message):
+    with pytest.raises(AnnotationError, match=message):
+        msvd.load("test", msvd_folder(tmp_path, "test", ["v"], raw))
+
+
+def test_id_lists(tmp_path):
+    with pytest.raises(AnnotationError, match=r"test_list\.txt: line 3: id 'v' already stands at line 1"):
+        msvd.load("test", msvd_folder(tmp_path, "test", ["v", "", "v"], {"v": [["a"]]}))
+    with pytest.raises(AnnotationError, match=r"test_list\.txt: no id in the file"):
+        msvd.load("test", msvd_folder(tmp_path, "test", [""], {"v": [["a"]]}))
+
+
+# LSMDC --------------------------------------------------------------------------------------------------------------
+
+
+def lsmdc_row(clip_id: str, sentence: str) -> str:
+    return "\t".join([clip_id, "00:00:51.926", "00:00:54.129", "00:00:51.926", "00:00:54.129", sentence])
+
+
+def test_lsmdc_merges_rows_of_one_clip_and_finds_it_in_any_folder(tmp_path):
+    clip, other = "0001_American_Beauty_00.00.51.926-00.00.54.129", "1010_TITANIC_00.41.32.072-00.41.40.196"
+    rows = [lsmdc_row(clip, 'SOMEONE says "hi'), lsmdc_row(other, "It sinks."), lsmdc_row(clip, "He waves.")]
+    write(tmp_path / "a" / "LSMDC16_annos_training.csv", "\n".join(rows) + "\n")
+    write(tmp_path / "v" / "0001_American_Beauty" / f"{clip}.avi", "x")
+    write(tmp_path / "v" / "any name" / f"{other}.mp4", "x")
+    split = load_split("lsmdc", "train", AnnotationFiles(data_path=tmp_path / "a"), tmp_path / "v")
+    assert captions_of(split) == {clip: ['SOMEONE says "hi', "He waves."], other: ["It sinks."]}
+    assert split.videos[0].path.parent.name == "0001_American_Beauty"
+    assert split.expected == Expected(None, 101_079)
+
+
+def test_lsmdc_reads_the_whole_training_file_quickly_and_can_leave_the_gap(tmp_path):
+    rows = [lsmdc_row(f"m_{n // 2 if n < 2_000 else n}", f"sentence {n}") for n in range(101_079)]
+    write(tmp_path / "LSMDC16_annos_training.csv", "\n".join(rows))
+    begin = time.perf_counter()
+    split = lsmdc.load("train", AnnotationFiles(data_path=tmp_path))
+    assert time.perf_counter() - begin < 2
+    assert (len(split.captions), len(split.videos)) == (101_079, 100_079)
+    cut = lsmdc.load("train", AnnotationFiles(data_path=tmp_path, lsmdc_source_gap=True))
+    gone = {clip.video_id for clip in split.videos} - {clip.video_id for clip in cut.videos}
+    assert gone == {f"m_{n}" for n in range(59_200, 59_300)}  # 1,000 unique ids stand for the first 2,000 rows
+    assert cut.expected == UNPUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lsmdc_row("a_0-1", "x") + "\n" + "a_1-2\tx", r"publictect\.csv: line 2: 2 columns, must be 6, tab-separated"),
+        (lsmdc_row("a_0-1", " "), r"publictect\.csv: line 1: column SENTENCE is empty"),
+        (lsmdc_row("", "x"), r"publictect\.csv: line 1: column CLIP_ID is empty"),
+        ("\n", r"publictect\.csv: no row in the file"),
+    ],
+)
+def test_lsmdc_malformed(tmp_path, content, message):
+    write(tmp_path / "LSMDC16_challenge_1000_publictect.csv", content)
+    with pytest.raises(AnnotationError, match=message):
+        lsmdc.load("test", AnnotationFiles(data_path=tmp_path))
+
+
+# ActivityNet --------------------------------------------------------------------------------------------------------
+
+
+def test_activitynet_joins_sentences_and_finds_either_name(tmp_path):
+    record = {"duration": 82.73, "timestamps": [[0, 1], [1, 2]], "sentences": ["A man runs.", " He stops. "]}
+    write(tmp_path / "val_ids.json", ["v_b", "v_a", "v_b"])
+    write(tmp_path / "val_1.json", {"v_a": record, "v_b": {"sentences": ["B."]}, "v_other": record})
+    write(tmp_path / "v" / "val" / "v_a.mp4", "x")
+    write(tmp_path / "v" / "b.mp4", "x")
+    split = load_split("activity", "test", AnnotationFiles(data_path=tmp_path), tmp_path / "v")
+    assert captions_of(split) == {"v_b": ["B."], "v_a": ["A man runs. He stops."]}
+    assert [clip.path.name for clip in split.videos] == ["b.mp4", "v_a.mp4"]
+    assert [(clip.start, clip.end) for clip in split.videos] == [(None, None), (0.0, 83.0)]
+    assert split.expected == Expected(4_917, 4_917)
+
+
+@pytest.mark.parametrize(
+    ("ids", "record", "message"),
+    [
+        (["v_z"], {}, r"train_ids\.json: 1 ids have no caption in .*train\.json: 'v_z'"),
+        ([3], {}, r"train_ids\.json: top level\[0\]: must be a non-empty string, is 3"),
+        (["v_a"], {"duration": 3}, r"train\.json: key 'v_a': no key 'sentences'"),
+        (["v_a"], {"sentences": ["", " "]}, r"train\.json: key 'v_a'\.sentences: no text in any of 2"),
+        (["v_a"], {"sentences": ["a", None]}, r"train\.json: key 'v_a'\.sentences: must be strings"),
+        (["v_a"], {"sentences": ["a"], "duration": -1}, r"key 'v_a'\.duration: must be seconds > 0, is -1"),
+    ],
+)
+def test_activitynet_malformed(tmp_path, ids, record, message):
+    write(tmp_path / "train_ids.json", ids)
+    write(tmp_path / "train.json", {"v_a": record})
+    with pytest.raises(AnnotationError, match=message):
+        activitynet.load("train", AnnotationFiles(data_path=tmp_path))
+
+
+# DiDeMo -------------------------------------------------------------------------------------------------------------
+
+
+def didemo_files(folder: Path, ids: list[str], descriptions: list[tuple[str, str]]) -> AnnotationFiles:
+    write(folder / "test_list.txt", "\n".join(ids))
+    records = [{"video": video, "description": text, "times": [[0, 0]]} for video, text in descriptions]
+    write(folder / "test_data.json", records)
+    return AnnotationFiles(data_path=folder)
+
+
+def test_didemo_real_list_with_original_and_reencoded_files(tmp_path):
+    ids = (DATA / "didemo" / "test_list.txt").read_text().split()
+    assert sum(video_id.endswith(".") for video_id in ids) == 27
+    files = didemo_files(tmp_path, ids, [(i, f"{i} {n}") for n in range(2) for i in ids])
+    for n, video_id in enumerate(ids):
+        stem = video_id.rpartition(".")[0]
+        write(tmp_path / "videos" / (video_id, f"{stem}.mp4", f"{video_id}.mp4")[n % 3], "x")
+    split = load_split("didemo", "test", files, tmp_path / "videos")
+    assert len(split.videos) == len(split.captions) == split.expected.videos == 1_004
+    assert split.missing_videos == ()
+    assert {(clip.start, clip.end) for clip in split.videos} == {(0.0, 30.0)}
+    assert split.captions[0] == f"{ids[0]} 0 {ids[0]} 1"
+
+
+def test_didemo_exact_names_come_first_and_stems_second(tmp_path, caplog):
+    caplog.set_level("INFO")
+    told = [("a.mov", "one "), ("a.mp4", "elsewhere"), ("a.mov", " two"), ("b.avi", "three"), ("b.mp4", "four")]
+    split = didemo.load("test", didemo_files(tmp_path, ["a.mov", "b."], told))
+    assert captions_of(split) == {"a.mov": ["one two"], "b.": ["three four"]}
+    assert "1 descriptions name a listed video with another extension" in caplog.text
+    longer = AnnotationFiles(data_path=tmp_path, didemo_clip_seconds=31)
+    assert didemo.load("test", longer).videos[0].end == 31.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "told", "message"),
+    [
+        (["a.mov", "a.mp4"], [("a.mov", "x")], r"test_list\.txt: id 'a\.mp4': id 'a' already stands at id 'a\.mov'"),
+        (["a.mov", "b."], [("a.mov", "x")], r"test_list\.txt: 1 ids have no caption in .*test_data\.json: 'b'"),
+        (["a.mov"], [("a.mov", " ")], r"test_data\.json: video 'a\.mov': no text in its 1 descriptions"),
+        (["a.mov"], [("a.mov", 3)], r"test_data\.json: \[0\]\.description: must be a str"),
+    ],
+)
+def test_didemo_malformed(tmp_path, ids, told, message):
+    with pytest.raises(AnnotationError, match=message):
+        didemo.load("test", didemo_files(tmp_path, ids, told))
+
+
+# VATEX --------------------------------------------------------------------------------------------------------------
+
+
+def test_vatex_reads_val_and_test_from_one_file_and_honours_paths(tmp_path):
+    write(tmp_path / "val_list.txt", "a_0_10\n")
+    write(tmp_path / "test_list.txt", "c_1_11\nb_0_10\n")
+    write(
+        tmp_path / "vatex_validation_v1.0.json",
+        [
+            {"videoID": "a_0_10", "enCap": ["a1", "a2"], "chCap": []},
+            {"videoID": "b_0_10", "enCap": ["b1"], "path": "deep/other_name.mp4"},
+            {"videoID": "c_1_11", "enCap": ["c1", "c2"]},
+        ],
+    )
+    write(tmp_path / "v" / "deep" / "other_name.mp4", "x")
+    write(tmp_path / "v" / "c_1_11.mp4", "x")
+    files = AnnotationFiles(data_path=tmp_path)
+    split = load_split("vatex", "test", files, tmp_path / "v")
+    assert captions_of(split) == {"c_1_11": ["c1", "c2"], "b_0_10": ["b1"]}
+    assert split.videos[1].path == tmp_path / "v" / "deep" / "other_name.mp4"
+    assert captions_of(vatex.load("val", files)) == {"a_0_10": ["a1", "a2"]}
+    assert split.expected == Expected(1_500, 15_000)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"videoID": "b", "enCap": ["x"]}], r"train_list\.txt: 1 ids have no caption in .*training_v1\.0\.json: 'a'"),
+        ([{"videoID": "a", "enCap": ["x"]}] * 2, r"training_v1\.0\.json: \[1\]: id 'a' already stands at \[0\]"),
+        ([{"videoID": "a", "enCap": ["x", ""]}], r"training_v1\.0\.json: \[0\]\.enCap\[1\]: must be a non-empty"),
+        ([{"videoID": "a", "enCap": []}], r"training_v1\.0\.json: \[0\]\.enCap: video 'a' has no caption"),
+        ([{"videoID": "a", "chCap": []}], r"training_v1\.0\.json: \[0\]: no key 'enCap'"),
+        ([{"videoID": "a", "enCap": ["x"], "path": 1}], r"training_v1\.0\.json: \[0\]\.path: must be a str"),
+        ({"a": 1}, r"training_v1\.0\.json: must hold a list"),
+    ],
+)
+def test_vatex_malformed(tmp_path, entries, message):
+    write(tmp_path / "train_list.txt", "a\n")
+    write(tmp_path / "vatex_training_v1.0.json", entries)
+    with pytest.raises(AnnotationError, match=message):
+        vatex.load("train", AnnotationFiles(data_path=tmp_path))
+
+
+def test_load_split_names_datatype_and_missing_videos(tmp_path):
+    with pytest.raises(AnnotationError, match="--datatype 'msr' is not known; it is one of msrvtt, msvd"):
+        load_split("msr", "test", AnnotationFiles(), tmp_path)
+    val_csv = write(tmp_path / "val.csv", "video_id,sentence\nvideo1,a\nvideo2,b\n")
+    write(tmp_path / "videos" / "video2.webm", "x")
+    split = load_split("msrvtt", "test", AnnotationFiles(val_csv=val_csv), tmp_path / "videos")
+    assert split.missing_videos == ("video1",)
+    assert captions_of(split) == {"video2": ["b"]}
