@@ -11,7 +11,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 
@@ -80,14 +79,25 @@ def gather_rows(x: Tensor) -> Tensor:
     counts = gather_objects(len(x))
     longest = max(counts)
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x
-    parts = dist_nn.all_gather(padded.contiguous()) if x.requires_grad else _all_gather(padded.contiguous())
+    parts = _AllGather.apply(padded).split(longest)
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
-def _all_gather(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return parts
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks, equally many each; backward sums over the ranks what each asks of the local rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
 def gather_objects(value: object) -> list:

@@ -1,0 +1,81 @@
+"""Flags: kept names, truthful booleans, and refusals that name the flag and the value."""
+
+import pytest
+
+from modules.options import build_parser, parse_options
+
+BASE = ["--do_eval", "--output_dir", "out", "--data_path", "data.json", "--features_path", "videos",
+        "--val_csv", "v.csv"]  # fmt: skip
+
+KEPT = """
+batch_size batch_size_val coef_lr data_path datatype do_eval do_train epochs expand_msrvtt_sentences
+feature_framerate features_path finetuned_path freeze_layer_num interaction linear_patch loose_type lr max_frames
+max_words n_display num_thread_reader output_dir pretrained_clip_name sim_header slice_framepos train_csv val_csv
+init_model resume_model seed warmup_proportion gradient_accumulation_steps cross_num_hidden_layers train_frame_order
+eval_frame_order cache_dir fp16 local_rank local-rank
+"""
+
+
+def refusal(capsys, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", KEPT.split())
+def test_flags_of_the_source_projects_are_kept(name):
+    assert f"--{name}" in build_parser()._option_string_actions
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("--loose_type", True), ("--loose_type=True", True), ("--loose_type=true", True), ("--allow_missing=False", False),
+    ("--allow_missing=no", False), ("--allow_missing=0", False),
+])  # fmt: skip
+def test_booleans_mean_what_they_say(text, value):
+    options = parse_options([*BASE, text])
+    name = text[2:].split("=")[0]
+    assert options.as_dict()[name] is value
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--max_frames", "0"], "--max_frames must be >= 1, got 0"),
+    (["--max_words", "1"], "--max_words must be >= 2, got 1"),
+    (["--lr", "0"], "--lr must be > 0, got 0.0"),
+    (["--lr", "nan"], "--lr must be > 0, got nan"),
+    (["--warmup_proportion", "1"], "--warmup_proportion must be in [0, 1), or -1 for none, got 1.0"),
+    (["--sim_header", "meanPP"], "--sim_header must be one of meanP, seqTransf, got meanPP"),
+    (["--linear_patch", "3d"], "--linear_patch 3d is not part of this version yet"),
+    (["--interaction", "wti"], "--interaction wti is not part of this version yet"),
+    (["--clip_evl"], "--clip_evl InternVideo's video tower is not part of this version yet"),
+    (["--mergeclip=True"], "--mergeclip belongs to InternVideo's video tower"),
+    (["--margin", "0.1"], "--margin had no effect in the source projects"),
+    (["--allow_missing=perhaps"], "expected true or false, got 'perhaps'"),
+    (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
+    (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
+    (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
+    (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
+    (["--do_train", "--train_csv", "t", "--finetuned_path", "b"], "--finetuned_path is for evaluation"),
+    (["--fp16", "--precision", "bf16"], "--fp16 means --precision fp16, but --precision bf16 was given"),
+    (["--frame_rule", "stride", "--slice_framepos", "0"], "--slice_framepos 0 acts with --frame_rule second only"),
+])  # fmt: skip
+def test_bad_options_are_refused_by_name(capsys, more, message):
+    assert message in refusal(capsys, [*BASE, *more])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ([], "nothing to do: give --do_train, --do_eval or both"),
+    (["--do_eval"], "--output_dir is required"),
+    (BASE[:-2], "--datatype msrvtt needs --val_csv"),
+])  # fmt: skip
+def test_what_is_missing_is_named(capsys, argv, message):
+    assert message in refusal(capsys, argv)
+
+
+def test_fp16_is_an_alias():
+    assert parse_options([*BASE, "--fp16"]).run.precision == "fp16"
+
+
+def test_every_flag_has_a_help_text():
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
