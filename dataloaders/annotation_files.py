@@ -61,12 +61,15 @@ def require_split(datatype: str, split: str, available: tuple[str, ...]) -> None
         raise AnnotationError(f"{datatype} has no split {split!r}; it has {', '.join(available)}")
 
 
+WHERE_FILES_ARE_NAMED = "check --data_path (msrvtt: also --train_csv and --val_csv)"
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file; raises AnnotationError when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise AnnotationError(f"{path}: cannot be read: {error.strerror}; {WHERE_FILES_ARE_NAMED}") from error
 
 
 def read_text(path: Path) -> str:
@@ -218,7 +221,7 @@ def read_plain_pickle(path: Path) -> Any:
         with open(path, "rb") as stream:
             return _ContainersOnly(stream, encoding="latin1").load()
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise AnnotationError(f"{path}: cannot be read: {error.strerror}; {WHERE_FILES_ARE_NAMED}") from error
     # A damaged pickle raises whatever the opcode that it is cut in happens to raise.
     except Exception as error:
         raise AnnotationError(f"{path}: not a plain pickle of captions: {error}; download it again") from error

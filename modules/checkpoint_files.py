@@ -67,7 +67,9 @@ def read_raw(path: Path) -> RawFile:
     except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError,
             LookupError, AttributeError, EOFError, OverflowError, MemoryError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as weights: {describe_wrong_file(path)} [{reason}]") from error
+        # torch's own text would advise to load the file unsafely; it stays chained, for log.txt.
+        shown = "" if reason.startswith("Weights only load failed") else f" [{reason}]"
+        raise CheckpointError(f"{path} cannot be read as weights: {describe_wrong_file(path)}{shown}") from error
 
 
 def describe_wrong_file(path: str | Path) -> str:
