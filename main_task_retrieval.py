@@ -15,19 +15,20 @@ import torch
 
 from dataloaders.datasets import VideoSource
 from dataloaders.frames import FrameSampling
+from dataloaders.integrity import check_complete, check_overlap
 from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import VideoReadError
 from modules import distributed
-from modules.build import build_model
-from modules.checkpoints import CheckpointError, load_strict, read_checkpoint
+from modules.build import build_model, weights_path
+from modules.checkpoints import CheckpointError, load_strict, read_checkpoint, read_sidecar
 from modules.distributed import World
 from modules.download import DownloadError
-from modules.evaluate import DataError, Evaluation, evaluate, format_metrics
+from modules.evaluate import Evaluation, evaluate, format_metrics
 from modules.model import VideoTextModel
 from modules.optim import freeze, parameter_name
-from modules.options import DataOptions, Options, parse_options
+from modules.options import Options, parse_options
 from modules.progress import log, setup_logging
 from modules.results import results, write_json, write_similarity
 from modules.tokenizer import Tokenizer
@@ -88,21 +89,34 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_data(options: DataOptions, name: str) -> RetrievalSplit:
-    files = AnnotationFiles(data_path=options.data_path, train_csv=options.train_csv, val_csv=options.val_csv)
-    return load_split(options.datatype, name, files, options.features_path)
-
-
-def checked(split: RetrievalSplit, allow_missing: bool) -> RetrievalSplit:
-    """An evaluation split that is whole, or incomplete with leave. Raises DataError with counts and first ids."""
-    if split.missing_videos:
-        some = ", ".join(split.missing_videos[:5])
-        count = f"{len(split.missing_videos)} videos of {split.dataset} {split.name} are missing, such as {some}"
-        if not allow_missing:
-            raise DataError(f"{count}; get them, or give --allow_missing to evaluate without them "
-                            "(a smaller gallery raises recall; results.json will say so)")  # fmt: skip
-        log.warning("%s: evaluated without them (--allow_missing)", count)
+def load_data(options: Options, name: str) -> RetrievalSplit:
+    """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
+    data = options.data
+    files = AnnotationFiles(
+        data_path=data.data_path, train_csv=data.train_csv, val_csv=data.val_csv,
+        lsmdc_source_gap=data.lsmdc_source_gap,
+        # 30 s were annotated; the source projects pass 31 to their frame readers.
+        didemo_clip_seconds=30 if options.model.compat == "none" else 31,
+    )  # fmt: skip
+    split = load_split(data.datatype, name, files, data.features_path)
+    if name != "train":
+        check_complete(split, data.allow_missing)
+    elif split.missing_videos:
+        log.warning("training without %d missing videos, such as %s", len(split.missing_videos),
+                    ", ".join(split.missing_videos[:5]))  # fmt: skip
+    module = DATASETS[data.datatype]
+    log.info("%s %s: %d videos, %d captions; frames by the %s rule; files %s", split.dataset, name, len(split.videos),
+             len(split.captions), data.frame_rule, " ".join(module.EXTENSIONS))  # fmt: skip
     return split
+
+
+def trained_videos(weights: Path, dataset: str, train: RetrievalSplit | None) -> list[str] | None:
+    """Ids of the videos that the model has been or will be trained on; None when nothing tells."""
+    record = read_sidecar(weights) or {}
+    before = record.get("train_videos") if record.get("dataset") == dataset else None
+    if train is None:
+        return before
+    return sorted({video.video_id for video in train.videos} | set(train.missing_videos) | set(before or ()))
 
 
 @dataclass(frozen=True)
@@ -142,34 +156,40 @@ def run(options: Options, world: World) -> None:
     has_val = "val" in DATASETS[options.data.datatype].SPLITS
     if run_options.eval_split == "val" and not has_val:
         raise ValueError(f"--eval_split val: {options.data.datatype} has no val split")
-    scored = checked(load_data(options.data, run_options.eval_split), options.data.allow_missing)
+    scored = load_data(options, run_options.eval_split)
+    train_split = load_data(options, "train") if run_options.do_train else None
+    selected_on = ("val" if has_val else "test") if run_options.do_train else None
+    selection = scored if selected_on in (None, scored.name) else load_data(options, selected_on)
     resumed = load_last(options.train.resume_model) if options.train.resume_model else None
-    model, weights = build_model(options.model)
+    source = weights_path(options.model)
+    trained_on = trained_videos(source, scored.dataset, train_split)
+    overlaps = [
+        check_overlap(split, trained_on, train_split.captions if train_split else None,
+                      "the training split" if train_split else str(source), options.data.allow_overlap)
+        for split in dict.fromkeys((scored, selection)) if trained_on is not None
+    ]  # fmt: skip
+    model = build_model(options.model, source)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
                          f"got {options.data.max_words}")  # fmt: skip
     model.to(world.device)
+    log.info("%s, %d process(es), %s", world.device, world.size, run_options.precision)
     evaluator = Evaluator(options, world, partial(Tokenizer(), max_words=options.data.max_words),
                           model.clip.sizes.image_resolution)  # fmt: skip
-    log.info("%s %s: %d videos, %d captions; frames by the %s rule; %s; %d process(es)", scored.dataset, scored.name,
-             len(scored.videos), len(scored.captions), options.data.frame_rule, world.device, world.size)  # fmt: skip
-    selected_on = None
-    if run_options.do_train:
-        selected_on = "val" if has_val else "test"
-        selection = scored if selected_on == scored.name else checked(
-            load_data(options.data, selected_on), options.data.allow_missing)  # fmt: skip
-        fine_tune(model, options, world, evaluator, selection, resumed)
-        weights = run_options.output_dir / SELECTED
-        load_weights(model, read_checkpoint(weights).tensors, str(weights))
+    if train_split is not None:
+        fine_tune(model, options, world, evaluator, train_split, selection, resumed, trained_on)
+        source = run_options.output_dir / SELECTED
+        load_weights(model, read_checkpoint(source).tensors, str(source))
     evaluation = evaluator(model, scored)
     log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
              len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
     if world.is_main:
-        out = run_options.output_dir
-        write_json(out / "results.json", results(evaluation, options.as_dict(), weights, selected_on))
+        found = results(evaluation, options.as_dict(), source, selected_on)
+        found["overlap_with_training"] = overlaps[0].as_dict() if overlaps else None
+        write_json(run_options.output_dir / "results.json", found)
         if run_options.save_similarity:
-            write_similarity(out / "similarity.npz", evaluation)
-        log.info("wrote %s", out / "results.json")
+            write_similarity(run_options.output_dir / "similarity.npz", evaluation)
+        log.info("wrote %s", run_options.output_dir / "results.json")
 
 
 def load_weights(model: VideoTextModel, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -178,15 +198,11 @@ def load_weights(model: VideoTextModel, tensors: dict[str, torch.Tensor], source
 
 
 def fine_tune(
-    model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, selection: RetrievalSplit,
-    resumed: dict[str, Any] | None,
+    model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, split: RetrievalSplit,
+    selection: RetrievalSplit, resumed: dict[str, Any] | None, trained_on: list[str],
 ) -> None:  # fmt: skip
-    """Train, select by `selection`, and leave the selected weights in --output_dir."""
+    """Train on `split`, select by `selection`, and leave the selected weights in --output_dir."""
     data, run_options = options.data, options.run
-    split = load_data(data, "train")
-    if split.missing_videos:
-        log.warning("training without %d missing videos, such as %s", len(split.missing_videos),
-                    ", ".join(split.missing_videos[:5]))  # fmt: skip
     loader = pair_loader(
         split, evaluator.source(data.train_frame_order), evaluator.tokenize,
         expand=data.expand_msrvtt_sentences or data.datatype != "msrvtt", batch_size=options.train.batch_size,
@@ -205,7 +221,7 @@ def fine_tune(
         log.info("resumed from %s after epoch %d", options.train.resume_model, state.epoch)
     sidecar = {
         "activation": model.clip.activation, "sim_header": options.model.sim_header, "compat": options.model.compat,
-        "dataset": split.dataset, "train_videos": [video.video_id for video in split.videos],
+        "dataset": split.dataset, "train_videos": trained_on,
         "selected_on": selection.name,
     }  # fmt: skip
     train(trainer, loader, lambda: evaluator(model, selection), options.train, run_options.output_dir, state,

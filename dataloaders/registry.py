@@ -8,6 +8,7 @@ from types import ModuleType
 from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
 from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.index import locate_videos, own_name
+from dataloaders.integrity import with_own_counts
 from dataloaders.split import AnnotationError, RetrievalSplit
 
 DATASETS: dict[str, ModuleType] = {
@@ -27,7 +28,13 @@ def load_split(datatype: str, split: str, files: AnnotationFiles, features_path:
 
     Raises AnnotationError for the annotations (an unknown split too) and VideoFolderError for the folder.
     """
-    return attach_videos(datatype, dataset_module(datatype).load(split, files), features_path)
+    return attach_videos(datatype, load_annotations(datatype, split, files), features_path)
+
+
+def load_annotations(datatype: str, split: str, files: AnnotationFiles) -> RetrievalSplit:
+    """The split without paths, held to published counts or to those of an expected.json; see `with_own_counts`."""
+    loaded = dataset_module(datatype).load(split, files)
+    return with_own_counts(loaded, files.data_path) if files.data_path else loaded
 
 
 def attach_videos(datatype: str, split: RetrievalSplit, features_path: str | Path) -> RetrievalSplit:

@@ -71,12 +71,11 @@ def head_tensors(head: type[Head], options: HeadOptions, checkpoint: Checkpoint,
     return {k: v.clone() for k, v in start.items()}
 
 
-def build_model(options: ModelOptions) -> tuple[VideoTextModel, Path]:
-    """Model on the CPU in float32 with its weights, and the file they came from.
+def build_model(options: ModelOptions, path: Path) -> VideoTextModel:
+    """Model on the CPU in float32 with the weights of `path` (see :func:`weights_path`).
 
     Raises CheckpointError for a wrong file, naming what it looks like; prints what was recognised.
     """
-    path = weights_path(options)
     checkpoint = read_checkpoint(path)
     sizes = clip_sizes(checkpoint.tensors)
     activation = choose_activation(options, checkpoint, path)
@@ -92,7 +91,7 @@ def build_model(options: ModelOptions) -> tuple[VideoTextModel, Path]:
     log.info("model: ViT %d wide x %d layers, patch %d at %d px; text %d wide x %d layers; head %s; %.1f M parameters",
              sizes.vision_width, sizes.vision_layers, sizes.patch_size, sizes.image_resolution, sizes.text_width,
              sizes.text_layers, options.sim_header, sum(p.numel() for p in model.parameters()) / 1e6)  # fmt: skip
-    return model, path
+    return model
 
 
 def checkpoint_tensors(model: VideoTextModel) -> dict[str, Tensor]:

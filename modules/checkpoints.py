@@ -91,9 +91,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         named = canonical_names(unwrap(raw.content))
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-    sidecar = read_json(Path(f"{path}.json"))
+    sidecar = read_sidecar(path)
     activation, reason = find_activation(path, raw, named, sidecar)
     return Checkpoint(path, named.tensors, _kind(raw, named), activation, reason, sidecar)
+
+
+def read_sidecar(path: str | Path) -> dict | None:
+    """What :func:`save_checkpoint` wrote beside a weight file; None where there is nothing."""
+    return read_json(Path(f"{path}.json"))
 
 
 def clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:

@@ -128,17 +128,22 @@ def evaluate(
     text = encode_captions(model, caption_batches(scored), world, precision)
     similarity = model.similarity(text, video)
     multi_caption = len(scored.captions) > len(scored.videos)
-    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_dsl_axis and multi_caption)
+    metrics = retrieval_metrics(
+        similarity, scored.caption_to_video, same_dsl_axis and multi_caption, scored.captions
+    )
     model.train(was_training)
     return Evaluation(similarity, scored, metrics, time.perf_counter() - began)
+
+
+LABELS = {"raw": "", "dsl": ", DSL", "duplicate_aware": ", duplicate-aware"}
 
 
 def format_metrics(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
     """A table of the metrics, one line per direction and post-processing."""
     columns = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-    lines = [" " * 20 + "".join(f"{c:>8}" for c in columns)]
+    lines = [" " * 32 + "".join(f"{c:>8}" for c in columns)]
     for kind, both in metrics.items():
         for direction, title in (("t2v", "text-to-video"), ("v2t", "video-to-text")):
-            label = f"{title} {kind if kind != 'raw' else ''}"
-            lines.append(f"{label:<20}" + "".join(f"{both[direction][c]:8.1f}" for c in columns))
+            label = f"{title}{LABELS[kind]}"
+            lines.append(f"{label:<32}" + "".join(f"{both[direction][c]:8.1f}" for c in columns))
     return "\n".join(lines)

@@ -6,6 +6,8 @@ is not a win. There is exactly one rank per query.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 BLOCK = 2048  # rows or columns compared at a time: bounds memory, whatever N and V
 
 ArrayLike = np.ndarray | Tensor
+AlsoCorrect = Mapping[int, Sequence[int]]
+NOTHING: AlsoCorrect = {}
 
 
 def _checked(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor, Tensor]:
@@ -31,21 +35,34 @@ def _checked(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor
     return sim, owner
 
 
-def text_to_video_ranks(similarity: ArrayLike, caption_to_video: ArrayLike) -> Tensor:
-    """Ranks int64 [N] of each caption's own video among the V videos."""
+def _ranks(block: Tensor, correct: Tensor, first: int, also: AlsoCorrect) -> Tensor:
+    """Ranks of the queries in the rows of `block` [B, C], whose correct candidates are `correct` [B].
+
+    `also`: query number -> further candidates that count as correct; the query's rank is then that of its best one,
+    among the candidates that are wrong. Row 0 is query number `first`.
+    """
+    own = block.gather(1, correct[:, None])
+    ranks = (block >= own).sum(dim=1) - 1
+    for row in range(len(block)):
+        more = also.get(first + row)
+        if more is not None:
+            right = block[row, torch.tensor([int(correct[row]), *more])]
+            ranks[row] = (block[row] >= right.max()).sum() - (right >= right.max()).sum()
+    return ranks
+
+
+def text_to_video_ranks(similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING) -> Tensor:
+    """Ranks int64 [N] of each caption's own video among the V videos; `also`: caption -> other correct videos."""
     sim, owner = _checked(similarity, caption_to_video)
-    ranks = []
-    for start in range(0, len(sim), BLOCK):
-        rows = sim[start : start + BLOCK]
-        correct = rows.gather(1, owner[start : start + BLOCK, None])
-        ranks.append((rows >= correct).sum(dim=1) - 1)
-    return torch.cat(ranks)
+    blocks = zip(range(0, len(sim), BLOCK), sim.split(BLOCK), owner.split(BLOCK))
+    return torch.cat([_ranks(rows, correct, start, also) for start, rows, correct in blocks])
 
 
-def video_to_text_ranks(similarity: ArrayLike, caption_to_video: ArrayLike) -> Tensor:
+def video_to_text_ranks(similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING) -> Tensor:
     """Ranks int64 [V] of each video's own captions among the V caption groups, a group scoring by its best caption.
 
-    This is CLIP4Clip's protocol; with one caption per video it is the ordinary rank.
+    This is CLIP4Clip's protocol; with one caption per video it is the ordinary rank. `also`: video -> other videos
+    whose captions are correct for it, too.
     """
     sim, owner = _checked(similarity, caption_to_video)
     n_videos = sim.shape[1]
@@ -55,8 +72,7 @@ def video_to_text_ranks(similarity: ArrayLike, caption_to_video: ArrayLike) -> T
         width = columns.shape[1]
         groups = torch.full((n_videos, width), float("-inf"), dtype=sim.dtype)
         groups.scatter_reduce_(0, owner[:, None].expand(-1, width), columns, reduce="amax")
-        correct = groups[start : start + width].diagonal()
-        ranks.append((groups >= correct).sum(dim=0) - 1)
+        ranks.append(_ranks(groups.t(), torch.arange(start, start + width), start, also))
     return torch.cat(ranks)
 
 
@@ -66,6 +82,21 @@ def retrieval_ranks(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple
     Raises ValueError for NaN (naming the first), wrong shapes, and videos without a caption.
     """
     return text_to_video_ranks(similarity, caption_to_video), video_to_text_ranks(similarity, caption_to_video)
+
+
+def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> tuple[AlsoCorrect, AlsoCorrect]:
+    """Captions whose very text is also another video's: (caption -> those videos, video -> videos sharing a text)."""
+    owner = np.asarray(caption_to_video).tolist()
+    videos_of: dict[str, set[int]] = {}
+    for caption, video in zip(captions, owner):
+        videos_of.setdefault(caption, set()).add(video)
+    by_caption, by_video = {}, {}
+    for number, (caption, video) in enumerate(zip(captions, owner)):
+        others = videos_of[caption] - {video}
+        if others:
+            by_caption[number] = sorted(others)
+            by_video[video] = sorted(others | set(by_video.get(video, ())))
+    return by_caption, by_video
 
 
 def summarize(ranks: ArrayLike) -> dict[str, float]:
@@ -88,19 +119,30 @@ def dual_softmax(similarity: ArrayLike, dim: int) -> Tensor:
 
 
 def retrieval_metrics(
-    similarity: ArrayLike, caption_to_video: ArrayLike, same_dsl_axis: bool = False
+    similarity: ArrayLike,
+    caption_to_video: ArrayLike,
+    same_dsl_axis: bool = False,
+    captions: Sequence[str] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """``{"raw": {"t2v", "v2t"}, "dsl": {"t2v", "v2t"}}`` of :func:`summarize`.
+    """``{"raw": {"t2v", "v2t"}, "dsl": …}`` of :func:`summarize`, and ``"duplicate_aware"`` where captions call for it.
 
     DSL normalises over the captions for t2v and over the videos for v2t. With `same_dsl_axis` (InternVideo's code on
-    multi-caption sets) v2t, too, normalises over the captions.
+    multi-caption sets) v2t, too, normalises over the captions. Duplicate-aware: raw similarities, but a video one of
+    whose own captions is the very text of the query counts as correct.
     """
     t2v, v2t = retrieval_ranks(similarity, caption_to_video)
     over_captions = dual_softmax(similarity, dim=0)
     dsl_t2v = text_to_video_ranks(over_captions, caption_to_video)
     over_videos = over_captions if same_dsl_axis else dual_softmax(similarity, dim=1)
     dsl_v2t = video_to_text_ranks(over_videos, caption_to_video)
-    return {
+    found = {
         "raw": {"t2v": summarize(t2v), "v2t": summarize(v2t)},
         "dsl": {"t2v": summarize(dsl_t2v), "v2t": summarize(dsl_v2t)},
     }
+    by_caption, by_video = duplicates(captions, caption_to_video) if captions is not None else (NOTHING, NOTHING)
+    if by_caption:
+        found["duplicate_aware"] = {
+            "t2v": summarize(text_to_video_ranks(similarity, caption_to_video, by_caption)),
+            "v2t": summarize(video_to_text_ranks(similarity, caption_to_video, by_video)),
+        }
+    return found

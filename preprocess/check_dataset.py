@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.frames import FrameSampling
-from dataloaders.registry import DATASETS, attach_videos
+from dataloaders.registry import DATASETS, attach_videos, load_annotations
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
 from dataloaders.video import VideoReadError, probe_video, read_frames
 from preprocess.check_report import SplitReport, describe
@@ -73,7 +73,7 @@ def check_split(
     )
     for what, count in report.expected.items():
         if count is not None and count != report.listed[what]:
-            report.problems.append(f"annotations hold {report.listed[what]:,} {what}, published are {count:,}")
+            report.problems.append(f"annotations hold {report.listed[what]:,} {what}, expected are {count:,}")
     try:
         located = attach_videos(split.dataset, split, features_path)
     except VideoFolderError as error:
@@ -131,7 +131,7 @@ def check_dataset(args: argparse.Namespace) -> dict[str, object]:
     reports: dict[str, SplitReport] = {}
     for name in args.splits:
         try:
-            loaded[name] = module.load(name, files)
+            loaded[name] = load_annotations(module.DATATYPE, name, files)
             reports[name] = check_split(loaded[name], args.features_path, sampling, args.num_workers)
         except AnnotationError as error:
             reports[name] = SplitReport(problems=[str(error)])

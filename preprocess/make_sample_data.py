@@ -112,6 +112,8 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     files.add_json("scenes.json", told)
     if counts.order_pairs:
         files.add_json("order_pairs.json", pair_ids(splits, files))
+    if datatype != "msrvtt":  # whose lists come in so many sizes that a count of its own would say nothing
+        files.add_json("expected.json", own_counts(splits, layout.recipe.paragraph))
     entries = sorted({path.split("/")[0] for path in (*files.annotations, *files.videos)})
     claim(folder, parameters, entries, args.force)
     write_files(folder, files, datatype, args.num_workers)
@@ -121,6 +123,15 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     }
     finish(folder, parameters, entries, {"counts": summary})
     print(f"{folder}: " + ", ".join(f"{split} {len(clips)}" for split, clips in splits.items() if clips) + " clips")
+
+
+def own_counts(splits: Splits, paragraphs: bool) -> dict[str, dict[str, int]]:
+    """The sample's counts, in place of the published ones; a paragraph dataset has one caption a video."""
+    return {
+        split: {"videos": len(clips), "captions": len(clips) if paragraphs else sum(len(c.captions) for c in clips)}
+        for split, clips in splits.items()
+        if clips
+    }
 
 
 def pair_ids(splits: Splits, files: Files) -> dict[str, list[list[str]]]:

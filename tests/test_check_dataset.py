@@ -148,8 +148,8 @@ def test_counts_that_differ_from_the_published_ones(tmp_path, video, capsys):
     assert main([*arguments, "--splits", "test"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "lsmdc test: 2 problems: 2 of 1,000 videos, 2 of 1,000 captions",
-        "  - annotations hold 2 videos, published are 1,000",
-        "  - annotations hold 2 captions, published are 1,000",
+        "  - annotations hold 2 videos, expected are 1,000",
+        "  - annotations hold 2 captions, expected are 1,000",
     ]
     assert main([*arguments, "--splits", "val", "test"]) == 1
     assert "lsmdc val: cannot be loaded\n  - " in capsys.readouterr().out

@@ -197,7 +197,7 @@ def test_unreadable_videos_stop_an_evaluation_and_are_stamped_when_allowed(sampl
     (videos / f"{ids[1]}.mp4").write_bytes(b"not a video at all")
     flags = replaced(msrvtt_flags, features_path=videos)
     assert main(["--do_eval", *flags]) == 1
-    assert f"1 videos of msrvtt test are missing, such as {ids[0]}" in capsys.readouterr().err
+    assert f"1 of 12 videos of msrvtt test are missing on disk: '{ids[0]}'" in capsys.readouterr().err
     os.symlink(source / f"{ids[0]}.mp4", videos / f"{ids[0]}.mp4")
     assert main(["--do_eval", *flags]) == 1
     message = capsys.readouterr().err

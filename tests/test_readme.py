@@ -55,10 +55,10 @@ def msrvtt_home(sample, tmp_path_factory):
 
 def test_msrvtt_commands(msrvtt_home, sample):
     """Run from the README's text; only the interpreter, the weights and the batch size are replaced."""
-    assignment, *rest = commands(next(block for block in BLOCKS if "msrvtt" in block))
+    assignment, *rest = commands(next(block for block in BLOCKS if "MSRVTT" in block))
     variables = dict(item.split("=", 1) for item in assignment)
     replace = {".venv/bin/python": sys.executable, "ViT-B/32": str(sample / "clip" / "tiny_clip.pt"),
-               "main_task_retrieval.py": str(ROOT / "main_task_retrieval.py"), "--batch_size=128": "--batch_size=64",
+               "main_task_retrieval.py": str(ROOT / "main_task_retrieval.py"), "--batch_size=128": "--batch_size=320",
                "--num_thread_reader=4": "--num_thread_reader=1", "--epochs=5": "--epochs=1"}  # fmt: skip
     assert len(rest) == 4
     for command in rest:
@@ -73,6 +73,17 @@ def test_msrvtt_commands(msrvtt_home, sample):
     assert trained == scored
 
 
+def test_other_datasets_command(sample_all, tmp_path):
+    (words,) = commands(next(block for block in BLOCKS if "msvd" in block))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "msvd").symlink_to(sample_all / "msvd")
+    weights = str(sample_all / "clip" / "tiny_clip.pt")
+    words = [sys.executable, str(ROOT / words[1]), *(weights if word == "ViT-B/32" else word for word in words[2:])]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "runs" / "msvd_zero_shot" / "results.json").read_text())["n_videos"] == 12
+
+
 def test_the_tree_is_true():
     """Every file the README's tree names exists, and every source file is named or covered by its folder."""
     tree = README[README.index("```text\nmain_task_retrieval.py") :]
@@ -84,3 +95,21 @@ def test_the_tree_is_true():
         assert missing <= covered, missing
     for name in re.findall(r"^([\w/]+\.py)", tree, flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_commands_of_the_data_page(sample_all, tmp_path):
+    """data/README.md: every check passes on the sample of its dataset; the copies and the sample are made."""
+    (tmp_path / "data").mkdir()
+    for folder in sample_all.iterdir():
+        (tmp_path / "data" / folder.name).symlink_to(folder)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "data" / "README.md").read_text(), flags=re.DOTALL)
+    lines = [words for block in blocks for words in commands(block)]
+    assert [words[2] for words in lines].count("preprocess.check_dataset") == 6
+    for words in lines:
+        assert words[0] == ".venv/bin/python"
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "sample" / "didemo" / "test_data.json").exists()
+    small = tmp_path / "data" / "msrvtt" / "videos" / "small"
+    assert len(list(small.glob("*.mp4"))) == 36

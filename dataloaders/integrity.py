@@ -1,0 +1,100 @@
+"""Checks of a split before anything is measured on it: counts, missing videos, videos shared with training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dataloaders.split import AnnotationError, Expected, RetrievalSplit, first_ids
+
+logger = logging.getLogger("retrieval")
+OWN_COUNTS = "expected.json"
+
+
+class IntegrityError(ValueError):
+    """The split is not what numbers could be trusted on; the message gives counts, first ids and the way out."""
+
+
+def with_own_counts(split: RetrievalSplit, annotations: Path) -> RetrievalSplit:
+    """Replace the published counts by those of ``expected.json`` in the annotations' folder, where there is one.
+
+    For data of one's own in the layout of a known dataset: ``{"test": {"videos": 12, "captions": 60}, …}``. Raises
+    AnnotationError for a file of another form.
+    """
+    path = (annotations if annotations.is_dir() else annotations.parent) / OWN_COUNTS
+    if not path.exists():
+        return split
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8")).get(split.name)
+        own = Expected(counts["videos"], counts["captions"]) if counts else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"test": {"videos": 12, "captions": 60}}'
+        raise AnnotationError(f"{path}: must be like {example}: {error!r}") from error
+    if own is None:
+        return split
+    logger.info("%s %s: counts are held to %s, not to the published ones", split.dataset, split.name, path)
+    return replace(split, expected=own)
+
+
+def check_complete(split: RetrievalSplit, allow_missing: bool) -> None:
+    """An evaluation split must hold what it is published to hold, with every video on disk.
+
+    Raises IntegrityError with the counts and the first missing ids, unless `allow_missing`, which logs them instead.
+    """
+    problems, title = [], f"{split.dataset} {split.name}"
+    listed = len(split.videos) + len(split.missing_videos)
+    if split.expected.videos not in (None, listed):
+        problems.append(f"{title} lists {listed:,} videos where {split.expected.videos:,} are expected; is it the "
+                        f"right list? Counts of your own go into {OWN_COUNTS} beside it")  # fmt: skip
+    if split.missing_videos:
+        problems.append(f"{len(split.missing_videos):,} of {listed:,} videos of {title} are missing on disk: "
+                        f"{first_ids(split.missing_videos)}")  # fmt: skip
+    elif split.expected.captions not in (None, len(split.captions)) and not problems:
+        problems.append(f"{title} holds {len(split.captions):,} captions where {split.expected.captions:,} are "
+                        "expected; is it the right annotation file?")  # fmt: skip
+    if not problems:
+        return
+    if not allow_missing:
+        raise IntegrityError(". ".join(problems) + ". Get what is missing, or give --allow_missing to evaluate all the "
+                             "same (a smaller gallery raises recall; results.json will say so)")  # fmt: skip
+    for problem in problems:
+        logger.warning("%s (--allow_missing)", problem)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What an evaluation split shares with training; `videos` None = unknown, nothing was recorded."""
+
+    videos: tuple[str, ...] | None
+    captions: int | None
+
+    def as_dict(self) -> dict[str, object]:
+        return {"videos": None if self.videos is None else list(self.videos), "captions": self.captions}
+
+
+def check_overlap(
+    split: RetrievalSplit, trained_on: Iterable[str], captions: Iterable[str] | None, source: str, allow: bool
+) -> Overlap:
+    """A video must not be scored by a model that was trained on it.
+
+    trained_on: ids of the training videos, of the same dataset. captions: training captions, if known; captions occur
+    in both naturally and are only counted. source: where the ids come from, for the message. Raises IntegrityError
+    unless `allow`, which logs the overlap instead.
+    """
+    own = {video.video_id for video in split.videos}
+    shared = sorted(own & set(trained_on))
+    known = None if captions is None else set(captions)
+    count = None if known is None else sum(caption in known for caption in split.captions)
+    if count:
+        logger.info("%d captions of %s %s occur in training, too", count, split.dataset, split.name)
+    if shared:
+        message = (f"{len(shared):,} of the {len(own):,} videos of {split.dataset} {split.name} are among the training "
+                   f"videos of {source}: {first_ids(shared)}")  # fmt: skip
+        if not allow:
+            raise IntegrityError(f"{message}. Numbers on them would not be retrieval of unseen videos; evaluate on the "
+                                 "split that belongs to the training list, or give --allow_overlap")  # fmt: skip
+        logger.warning("%s (--allow_overlap)", message)
+    return Overlap(tuple(shared), count)

@@ -1,0 +1,110 @@
+"""Nothing is measured on data that are not what they should be: counts, missing files, leaks, duplicates."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dataloaders.annotation_files import AnnotationFiles
+from dataloaders.integrity import IntegrityError, check_complete, check_overlap
+from dataloaders.registry import load_annotations
+from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
+from main_task_retrieval import main
+from modules.checkpoints import save_checkpoint
+from modules.metrics import duplicates, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
+
+
+def split_of(n: int, expected: Expected, missing: tuple[str, ...] = ()) -> RetrievalSplit:
+    videos = tuple(VideoClip(f"v{i}") for i in range(n))
+    captions = tuple(f"caption {i}" for i in range(n))
+    return RetrievalSplit("msvd", "test", videos, captions, np.arange(n), expected, missing)
+
+
+def test_a_complete_split_passes():
+    check_complete(split_of(3, Expected(3, 3)), allow_missing=False)
+    check_complete(split_of(3, Expected(None, None)), allow_missing=False)
+
+
+@pytest.mark.parametrize(("split", "message"), [
+    (split_of(3, Expected(5, 5)), "msvd test lists 3 videos where 5 are expected; is it the right list?"),
+    (split_of(3, Expected(3, 4)), "msvd test holds 3 captions where 4 are expected"),
+    (split_of(3, Expected(4, 4), ("gone",)), "1 of 4 videos of msvd test are missing on disk: 'gone'"),
+])  # fmt: skip
+def test_an_incomplete_split_is_refused_or_logged(split, message):
+    with pytest.raises(IntegrityError, match=message.replace("?", r"\?")):
+        check_complete(split, allow_missing=False)
+    check_complete(split, allow_missing=True)
+
+
+def test_counts_of_ones_own(sample_all, tmp_path):
+    data = tmp_path / "msvd"
+    shutil.copytree(sample_all / "msvd", data, ignore=shutil.ignore_patterns("videos"))
+    files = AnnotationFiles(data_path=data)
+    own = json.loads((data / "expected.json").read_text())["test"]
+    assert load_annotations("msvd", "test", files).expected == Expected(own["videos"], own["captions"])
+    (data / "expected.json").unlink()
+    assert load_annotations("msvd", "test", files).expected == Expected(670, 27_763)
+    (data / "expected.json").write_text('{"test": 3}')
+    with pytest.raises(AnnotationError, match="expected.json: must be like"):
+        load_annotations("msvd", "test", files)
+
+
+def test_overlap_is_refused_and_captions_only_counted():
+    split = split_of(3, Expected(None, None))
+    found = check_overlap(split, ["w0", "w1"], ["caption 0", "caption 9"], "x", allow=False)
+    assert (found.videos, found.captions) == ((), 1)
+    with pytest.raises(IntegrityError, match="2 of the 3 videos of msvd test are among the training videos of x: 'v0'"):
+        check_overlap(split, ["v0", "v2", "w"], None, "x", allow=False)
+    assert check_overlap(split, ["v0", "v2", "w"], None, "x", allow=True).videos == ("v0", "v2")
+
+
+def test_a_checkpoint_is_not_scored_on_its_training_videos(sample, msrvtt_flags, tmp_path, capsys):
+    """As an MSR-VTT 9k model on Full test would be."""
+    weights = tmp_path / "pytorch_model.bin"
+    clip = torch.load(sample / "clip" / "tiny_clip.pt", weights_only=True)
+    tensors = {f"clip.{k}": v for k, v in clip.items() if v.is_floating_point()}
+    record = {"activation": "quick_gelu", "dataset": "msrvtt", "train_videos": ["video0", "video7012"]}
+    save_checkpoint(weights, tensors, record)
+    flags = ["--do_eval", *msrvtt_flags, "--finetuned_path", str(weights)]
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert "1 of the 12 videos of msrvtt test are among the training videos of" in error
+    assert "video7012" in error
+    assert "--allow_overlap" in error
+    assert main([*flags, "--allow_overlap"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["overlap_with_training"] == {"videos": ["video7012"], "captions": None}
+
+
+def test_training_videos_in_the_test_list_stop_the_training(sample, msrvtt_flags, tmp_path, capsys):
+    leaky = tmp_path / "train.csv"
+    leaky.write_text((sample / "msrvtt" / "MSRVTT_train.9k.csv").read_text() + "video7015\n")
+    flags = list(msrvtt_flags)
+    flags[flags.index("--train_csv") + 1] = str(leaky)
+    assert main(["--do_train", "--epochs", "1", "--batch_size", "8", *flags]) == 1
+    assert "among the training videos of the training split: 'video7015'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_duplicate_aware_ranks_by_hand():
+    """Captions 0 and 2 are the same text of videos 0 and 1; caption 0 prefers video 1, which then counts as right."""
+    captions, owner = ["a cat", "a dog", "a cat", "a bird"], torch.tensor([0, 0, 1, 2])
+    sim = torch.tensor([[0.5, 0.9, 0.7], [0.9, 0.1, 0.2], [0.5, 0.9, 0.7], [0.1, 0.2, 0.3]])
+    by_caption, by_video = duplicates(captions, owner)
+    assert by_caption == {0: [1], 2: [0]}
+    assert by_video == {0: [1], 1: [0]}
+    assert text_to_video_ranks(sim, owner).tolist() == [2, 0, 0, 0]
+    assert text_to_video_ranks(sim, owner, by_caption).tolist() == [0, 0, 0, 0]
+    # Video 2: its own caption 0.3 lies behind group 0 (0.7) and group 1 (0.7); nothing changes for it.
+    assert video_to_text_ranks(sim, owner, by_video).tolist() == [0, 0, 2]
+    metrics = retrieval_metrics(sim, owner, captions=captions)
+    assert metrics["raw"]["t2v"]["R@1"] == 75.0
+    assert metrics["duplicate_aware"]["t2v"]["R@1"] == 100.0
+    assert "duplicate_aware" not in retrieval_metrics(sim, owner, captions=["a", "b", "c", "d"])
+
+
+def test_duplicate_aware_ties_with_wrong_candidates_are_still_lost():
+    captions, owner = ["x", "x", "y"], torch.tensor([0, 1, 2])
+    assert text_to_video_ranks(torch.ones(3, 3), owner, duplicates(captions, owner)[0]).tolist() == [1, 1, 2]
