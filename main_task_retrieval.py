@@ -16,6 +16,7 @@ import torch
 from dataloaders.datasets import VideoSource
 from dataloaders.frames import FrameSampling
 from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
+from dataloaders.query_bank import QueryBank, load_query_bank
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import VideoReadError
@@ -88,9 +89,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def annotation_files(options: DataOptions) -> AnnotationFiles:
+    return AnnotationFiles(data_path=options.data_path, train_csv=options.train_csv, val_csv=options.val_csv)
+
+
 def load_data(options: DataOptions, name: str) -> RetrievalSplit:
-    files = AnnotationFiles(data_path=options.data_path, train_csv=options.train_csv, val_csv=options.val_csv)
-    return load_split(options.datatype, name, files, options.features_path)
+    return load_split(options.datatype, name, annotation_files(options), options.features_path)
+
+
+def query_bank(options: Options) -> QueryBank | None:
+    """QB-Norm's queries, when asked for."""
+    if not options.run.qb_norm:
+        return None
+    data = options.data
+    return load_query_bank(data.datatype, annotation_files(data), options.run.qb_size, options.run.seed)
 
 
 def checked(split: RetrievalSplit, allow_missing: bool) -> RetrievalSplit:
@@ -122,7 +134,7 @@ class Evaluator:
     def sharding(self) -> dict[str, Any]:
         return {"rank": self.world.rank, "world_size": self.world.size}
 
-    def __call__(self, model: VideoTextModel, split: RetrievalSplit) -> Evaluation:
+    def __call__(self, model: VideoTextModel, split: RetrievalSplit, bank: QueryBank | None = None) -> Evaluation:
         data, run = self.options.data, self.options.run
         videos = video_loader(
             split, self.source(data.eval_frame_order), batch_size=run.batch_size_val, seed=run.seed,
@@ -131,7 +143,8 @@ class Evaluator:
         captions = partial(CaptionBatches, tokenize=self.tokenize, batch_size=4 * run.batch_size_val, **self.sharding())
         return evaluate(
             model, split, videos, captions, self.world, run.precision, data.allow_missing,
-            same_dsl_axis=self.options.model.compat == "internvideo",
+            same_dsl_axis=self.options.model.compat == "internvideo", memory_mb=run.similarity_memory_mb,
+            bank_batches=captions(bank) if bank else None,
         )  # fmt: skip
 
 
@@ -144,7 +157,7 @@ def run(options: Options, world: World) -> None:
         raise ValueError(f"--eval_split val: {options.data.datatype} has no val split")
     scored = checked(load_data(options.data, run_options.eval_split), options.data.allow_missing)
     resumed = load_last(options.train.resume_model) if options.train.resume_model else None
-    model, weights = build_model(options.model)
+    model, weights = build_model(options.model, options.data.max_frames)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
                          f"got {options.data.max_words}")  # fmt: skip
@@ -161,7 +174,7 @@ def run(options: Options, world: World) -> None:
         fine_tune(model, options, world, evaluator, selection, resumed)
         weights = run_options.output_dir / SELECTED
         load_weights(model, read_checkpoint(weights).tensors, str(weights))
-    evaluation = evaluator(model, scored)
+    evaluation = evaluator(model, scored, query_bank(options))
     log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
              len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
     if world.is_main:
@@ -197,7 +210,8 @@ def fine_tune(
     log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(split.videos),
              len(loader.dataset), len(loader), len(frozen))  # fmt: skip
     optimizer = build_optimizer(model, options.train, options.model.compat, len(loader) * options.train.epochs)
-    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm)
+    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm,
+                      run_options.seed)
     state = Progress()
     if resumed:
         source = str(options.train.resume_model)
