@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from modules.checkpoint_names import VIDEO_TOWER_PARTS
 from modules.clip import CLIP
 from modules.distributed import gather_rows
 from modules.heads import Head
@@ -33,8 +34,9 @@ class VideoTextModel(nn.Module):
         super().__init__()
         self.clip, self.head = clip, head
         self.scale_evaluation, self.source_frames, self.cdcr_weight = scale_evaluation, source_frames, cdcr_weight
-        if not head.scaled:
-            clip.logit_scale.requires_grad_(False)
+        for name, parameter in clip.named_parameters():
+            if name.startswith(unused_parts(clip, head)):
+                parameter.requires_grad_(False)
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Representation:
         """token_ids int64 [N, L], token_mask bool [N, L] -> text features for :meth:`similarity`."""
@@ -115,6 +117,17 @@ class VideoTextModel(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step."""
         self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+def unused_parts(clip: CLIP, head: Head) -> tuple[str, ...]:
+    """How names of CLIP's parameters begin that take no part with this head. They must not count as trainable: a
+    parameter without a gradient stops DistributedDataParallel.
+    """
+    names = () if head.scaled else ("logit_scale",)
+    if isinstance(clip, VideoCLIP):
+        names += () if head.takes_whole_video else VIDEO_TOWER_PARTS
+        names += () if head.options.projected_tokens or not head.takes_tokens else ("text_projection",)
+    return names or ("\0",)
 
 
 def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:
