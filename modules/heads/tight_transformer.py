@@ -14,7 +14,7 @@ from modules.heads.base import Head, HeadOptions, first_text_layers, register
 EPS = 1e-12  # of all LayerNorms of CLIP4Clip's heads
 INIT_STD = 0.02
 DROPOUT = 0.1
-WIDTHS_IN_FLIGHT = 14  # vectors of the embedding's width alive per token inside a block: x, its norm, qkv, MLP 4 + 4
+WIDTHS_IN_FLIGHT = 17  # vectors of the width of the embedding alive per token inside a block, as measured
 
 
 class Embeddings(nn.Module):
