@@ -157,7 +157,7 @@ def run(options: Options, world: World) -> None:
         raise ValueError(f"--eval_split val: {options.data.datatype} has no val split")
     scored = checked(load_data(options.data, run_options.eval_split), options.data.allow_missing)
     resumed = load_last(options.train.resume_model) if options.train.resume_model else None
-    model, weights = build_model(options.model, options.data.max_frames)
+    model, weights = build_model(options.model, options.data.max_words, options.data.max_frames)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
                          f"got {options.data.max_words}")  # fmt: skip

@@ -60,8 +60,11 @@ def choose_activation(options: ModelOptions, checkpoint: Checkpoint, path: Path)
     return checkpoint.activation
 
 
-def head_options(options: ModelOptions) -> HeadOptions:
-    """What the flags mean for a head; where the sources differ from what is right, ``--compat`` decides."""
+def head_options(options: ModelOptions, max_words: int = 0, max_frames: int = 0) -> HeadOptions:
+    """What the flags mean for a head; where the sources differ from what is right, ``--compat`` decides.
+
+    max_words, max_frames: what the sources' loaders fill captions and clips to.
+    """
     return HeadOptions(
         num_layers=options.cross_num_hidden_layers,
         normalize_frames=options.compat != "internvideo",
@@ -70,6 +73,7 @@ def head_options(options: ModelOptions) -> HeadOptions:
         wti_arch=options.wti_arch,
         mask_padding=options.compat not in ("internvideo", "drl"),
         projected_tokens=not options.clip_evl,
+        source_words=max_words, source_frames=max_frames,
         cdcr=options.cdcr, cdcr_alpha1=options.cdcr_alpha1, cdcr_alpha2=options.cdcr_alpha2,
     )  # fmt: skip
 
@@ -156,10 +160,10 @@ def build_clip(options: ModelOptions, tensors: dict[str, Tensor], activation: st
     return clip, tensors if options.finetuned_path else with_initial_parts(tensors, initial, str(path))
 
 
-def build_model(options: ModelOptions, max_frames: int = 1) -> tuple[VideoTextModel, Path]:
+def build_model(options: ModelOptions, max_words: int = 0, max_frames: int = 0) -> tuple[VideoTextModel, Path]:
     """Model on the CPU in float32 with its weights, and the file they came from.
 
-    max_frames: what InternVideo's loaders fill clips to, which counts under ``--compat internvideo``.
+    max_words, max_frames: what the sources' loaders fill captions and clips to, which counts under ``--compat``.
     Raises CheckpointError for a wrong file, naming what it looks like; prints what was recognised.
     """
     checkpoint, tensors = read_tower(options)
@@ -167,7 +171,7 @@ def build_model(options: ModelOptions, max_frames: int = 1) -> tuple[VideoTextMo
     activation = choose_activation(options, checkpoint, path)
     clip, tensors = build_clip(options, tensors, activation, path)
     sizes = clip.sizes
-    head = build_head(options.sim_header, sizes, head_options(options))
+    head = build_head(options.sim_header, sizes, head_options(options, max_words, max_frames))
     tensors = without_ignored(tensors, head)
     refuse_foreign_tensors(head, tensors, path, options)
     if options.finetuned_path:
@@ -181,6 +185,9 @@ def build_model(options: ModelOptions, max_frames: int = 1) -> tuple[VideoTextMo
     source_frames = max_frames if options.clip_evl and options.compat == "internvideo" else None
     model = VideoTextModel(clip, head, scales_evaluation(options), source_frames, options.cdcr_lambda)
     names = {parameter_name(name): name for name in model.state_dict()}
+    new = missing_head_parts(head, tensors)
+    if new:
+        log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, "*, ".join(new))
     tensors = starting_tensors(head, tensors, options.linear_patch == "3d")
     load_strict(model, {names.get(key, key): value for key, value in tensors.items()}, str(path))
     log.info("weights: %s: %s; %s (%s)", path, checkpoint.kind, activation, checkpoint.activation_reason)
@@ -195,7 +202,7 @@ def without_ignored(tensors: dict[str, Tensor], head: Head) -> dict[str, Tensor]
     """`tensors` less those that a source stores beside this head without ever using them; their number is logged."""
     kept = {k: v for k, v in tensors.items() if not (head.ignored_prefixes and k.startswith(head.ignored_prefixes))}
     if len(kept) < len(tensors):
-        log.info("%d tensors of %s* play no part in this model and are left out", len(tensors) - len(kept),
+        log.warning("%d tensors of %s* play no part in this model and are left out", len(tensors) - len(kept),
                  "*, ".join(head.ignored_prefixes))  # fmt: skip
     return kept
 

@@ -185,8 +185,11 @@ class CLIP(nn.Module):
     def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> [V, T, D] float32; zeros at padding.
 
-        Only real frames go through the tower.
+        Only real frames go through the tower. Raises ValueError for a wrong image side or a clip without any.
         """
+        if not frame_mask.any(dim=1).all():
+            empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
         if self.visual.temporal_patch:
             self.check_side(frames)
             clips = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)

@@ -107,6 +107,19 @@ def test_whole_training_forward(stem):
         vector.check({"train_loss_cdcr0": model(*video_inputs(inputs(vector)))[None]})
 
 
+@pytest.mark.parametrize("stem", fixtures("B1_*"))
+def test_internvideos_tower_in_the_whole_model(stem):
+    """Its video feature through meanP; evaluation with the logit scale, as without token interaction there."""
+    vector = load(stem)
+    model = model_of(vector)
+    model.scale_evaluation = True
+    ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
+    with torch.no_grad():
+        logits = model.similarity(model.encode_text(ids, token_mask), model.encode_video(frames, frame_mask))
+        rows = vector.check({"logits": logits, "train_loss": model(ids, token_mask, frames, frame_mask)[None]})
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize("stem", fixtures("C3_*"))
 def test_cross_encoder_after_an_aggregation(stem):
     """DRL's xti is the tight head, on frames that went through an aggregation."""

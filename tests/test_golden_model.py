@@ -189,6 +189,17 @@ def is_half(key: str, halves: list[str]) -> bool:
     return kind(key) in {kind(k) for k in halves}
 
 
+@pytest.mark.parametrize("stem", fixtures("A10*"))
+def test_an_empty_video_is_an_error_where_the_source_gives_nan(stem):
+    for sim_header in load(stem).data["result"]:
+        source = load(next(name for name in WHOLE_MODELS if f"_{sim_header}_2d" in name))
+        model = build(weights(source), sim_header, source.config["cross_num_hidden_layers"])
+        _, _, frames, frame_mask = video_inputs(inputs(source))
+        frame_mask[2] = False
+        with pytest.raises(ValueError, match=r"without a single frame in the batch, at \[2\]"):
+            model.encode_video(frames, frame_mask)
+
+
 def test_loss_by_hand():
     """Two pairs: log(1 + e^-1) for the first row and column, log(1 + e^-3) for the second ones."""
     logits = torch.tensor([[2.0, 1.0], [1.0, 4.0]])

@@ -172,6 +172,46 @@ def test_padding_scores_zero_only_where_the_sources_numbers_are_asked_for():
         assert tiny_model("meanP", "ti", mask_padding=mask_padding).head.similarity(text, video).item() == want
 
 
+def test_the_cross_encoder_trains_the_same_in_blocks(monkeypatch):
+    """Computed again for the backward pass, block by block, or kept: the same gradients."""
+    gradients = []
+    for allowed in (2**30, 1):
+        monkeypatch.setattr("modules.heads.tight_transformer.TRAINING_BYTES", allowed)
+        model = tiny_model("tightTransf")
+        model(*batch()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", [("meanP", "ti"), ("seqTransf", "wti"), ("meanP", "wti", "evl")], ids="-".join)
+def test_the_sources_scores_do_not_depend_on_the_batch_either(case):
+    """Their loaders fill captions and clips to a fixed length, ours to the longest of the batch: no difference."""
+    model = tiny_model(*case, mask_padding=False, source_words=12, source_frames=6)
+    model.source_frames = 6
+    ids, token_mask, frames, frame_mask = batch()
+    filled = (torch.cat([ids, ids.new_zeros(4, 3)], 1), torch.cat([token_mask, token_mask.new_zeros(4, 3)], 1),
+              torch.cat([frames, torch.zeros(4, 2, 3, 16, 16)], 1),
+              torch.cat([frame_mask, frame_mask.new_zeros(4, 2)], 1))  # fmt: skip
+    want = scores(model, *filled)
+    torch.testing.assert_close(scores(model, ids, token_mask, frames, frame_mask), want, rtol=1e-4, atol=1e-5)
+    for i in range(4):
+        n, t = int(token_mask[i].sum()), int(frame_mask[i].sum())
+        alone = scores(model, ids[i : i + 1, :n], token_mask[i : i + 1, :n], frames[i : i + 1, :t],
+                       frame_mask[i : i + 1, :t])  # fmt: skip
+        torch.testing.assert_close(alone[0, 0], want[i, i], rtol=1e-4, atol=1e-5)
+
+
+@every_head
+def test_a_clip_without_frames_is_refused(case):
+    model = tiny_model(*case)
+    _, _, frames, frame_mask = batch()
+    frame_mask[1] = False
+    with pytest.raises(ValueError, match=r"clips without a single frame in the batch, at \[1\]"):
+        model.encode_video(frames, frame_mask)
+
+
 def test_random_token_choice_follows_the_generator():
     model = tiny_model("meanP", "ti", cdcr=1, cdcr_alpha2=0.06)
     model.cdcr_weight = 1.0

@@ -1,13 +1,16 @@
 """Checkpoints of every head through ``main_task_retrieval.py`` on real video files: evaluate, train on, load back."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_vectors import fixtures, load, recipe
-from test_main import replaced
+from golden_vectors import load, recipe
+from test_main import ROOT, replaced
 
 from main_task_retrieval import main
 from modules.metrics import retrieval_metrics
@@ -44,7 +47,8 @@ def source_weights(stem: str) -> dict[str, torch.Tensor]:
 def flags_of(stem: str) -> list[str]:
     config = load(stem).config
     more = OTHERS.get(stem) or ["--sim_header", config["sim_header"], "--linear_patch", config["linear_patch"]]
-    return [*more, "--cross_num_hidden_layers", str(config.get("cross_num_hidden_layers", 4)), "--max_words", "16"]
+    return [*more, "--cross_num_hidden_layers", str(config.get("cross_num_hidden_layers", 4)),
+            "--max_words", str(min(32, config["context_length"]))]  # fmt: skip
 
 
 def similarity_of(folder: Path) -> np.ndarray:
@@ -54,11 +58,10 @@ def similarity_of(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("stem", [*CLIP4CLIP, *OTHERS])
 def test_checkpoint_evaluates_trains_and_loads_back(stem, msrvtt_flags, tmp_path):
-    fixtures(stem)
     tensors = source_weights(stem)
     source = tmp_path / "pytorch_model.bin"
     torch.save(tensors, source)
-    base = [*msrvtt_flags, *flags_of(stem), "--save_similarity", "--activation", "quick_gelu"]
+    base = [*msrvtt_flags, *flags_of(stem), "--save_similarity"]
     matrices = []
     for batch_size, memory in ((12, 1024), (5, 1)):
         out = tmp_path / f"eval{batch_size}"
@@ -97,7 +100,7 @@ def test_checkpoint_evaluates_trains_and_loads_back(stem, msrvtt_flags, tmp_path
 def test_the_wrong_options_for_a_checkpoint_are_named(stem, flags, message, msrvtt_flags, tmp_path, capsys):
     source = tmp_path / "pytorch_model.bin"
     torch.save(source_weights(stem), source)
-    flags = [*msrvtt_flags, *flags, "--cross_num_hidden_layers", "2", "--max_words", "16", "--activation", "quick_gelu"]
+    flags = [*msrvtt_flags, *flags, "--cross_num_hidden_layers", "2", "--max_words", "16"]
     assert main(["--do_eval", *flags, "--finetuned_path", str(source)]) == 1
     assert message in capsys.readouterr().err
 
@@ -129,6 +132,21 @@ def test_mergeclip_from_the_command_line(msrvtt_flags, tmp_path):
         found[name] = similarity_of(tmp_path / name)
     np.testing.assert_allclose(found["0"], found["upstream"], rtol=1e-5, atol=1e-5)
     assert np.abs(found["half"] - found["upstream"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("flags", [["--sim_header", "xpool"], ["--sim_header", "seqTransf", "--interaction", "ti"]],
+                         ids=" ".join)  # fmt: skip
+def test_four_processes_share_the_pairs(flags, msrvtt_flags, tmp_path):
+    """12 videos and 12 captions in batches of 2 and 8: two ranks have no caption at all."""
+    found = []
+    for processes in (1, 4):
+        out = tmp_path / f"ranks{processes}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = ["--do_eval", "--save_similarity", *flags, *replaced(msrvtt_flags, output_dir=out, batch_size_val=2)]
+        subprocess.run([*launcher, "main_task_retrieval.py", *command], cwd=ROOT, check=True, capture_output=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
+        found.append(similarity_of(out))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_query_bank_of_the_training_captions(msrvtt_flags, tmp_path, capsys):

@@ -24,6 +24,8 @@ class HeadOptions:
     interaction: str = "no"  # --interaction: "no", "ti" or "wti"
     wti_arch: int = 2  # --wti_arch: layers of the token weights
     mask_padding: bool = True  # padded tokens out of the maximum; False scores them 0, as InternVideo and DRL do
+    source_words: int = 0  # with mask_padding False: captions shorter than this have padding, whatever their batch
+    source_frames: int = 0  # the same for clips
     projected_tokens: bool = True  # by text_projection; with InternVideo's tower they are not
     cdcr: int = 0  # --cdcr: 0 none, 1 random token, 2 best token, 3 best token, weighted
     cdcr_alpha1: float = 0.16

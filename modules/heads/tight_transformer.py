@@ -5,6 +5,7 @@ One run per pair, so N x V runs for a matrix. DRL (arXiv 2203.07111) calls the s
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.checkpoint_activation import HEAD_WIDTH
 from modules.checkpoints import ClipSizes
@@ -14,6 +15,7 @@ from modules.heads.base import Head, HeadOptions, first_text_layers, register
 EPS = 1e-12  # of all LayerNorms of CLIP4Clip's heads
 INIT_STD = 0.02
 DROPOUT = 0.1
+TRAINING_BYTES = 2**30  # of inner results kept for the backward pass
 WIDTHS_IN_FLIGHT = 17  # vectors of the width of the embedding alive per token inside a block, as measured
 
 
@@ -87,8 +89,20 @@ class TightTransformer(Head):
         return torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features)), mask
 
     def similarity(self, text: Tensor, video: tuple[Tensor, Tensor]) -> Tensor:
-        """[N, D] and ([V, T, D], [V, T]) -> logits [N, V], without logit scale."""
-        (frames, mask), n = video, len(text)
+        """[N, D] and ([V, T, D], [V, T]) -> logits [N, V], without logit scale.
+
+        In training in blocks whose inner results are computed again for the backward pass: kept, those of a batch of
+        128 pairs would fill 30 GB.
+        """
+        kept = len(self.cross.transformer.resblocks) * self.pair_bytes(text, video) * len(video[0])
+        rows = max(1, TRAINING_BYTES // kept)
+        if not torch.is_grad_enabled() or len(text) <= rows:
+            return self.pairs(text, *video)
+        return torch.cat([checkpoint(self.pairs, part, *video, use_reentrant=False) for part in text.split(rows)])
+
+    def pairs(self, text: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+        """The cross encoder on every pair: [N, D], [V, T, D], [V, T] -> [N, V]."""
+        n = len(text)
         v, t, width = frames.shape
         tokens = torch.cat([text[:, None, None].expand(n, v, 1, width), frames[None].expand(n, v, t, width)], dim=2)
         mask = torch.cat([mask.new_ones(v, 1), mask], dim=1).expand(n, v, t + 1)

@@ -55,16 +55,21 @@ class TokenInteraction(Head):
 
     def text(self, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Tokens [N, L, D] and bool mask [N, L] -> Tokens."""
-        return self._tokens(features, mask, self.text_weight_fc if self.weighted else None)
+        weigh = self.text_weight_fc if self.weighted else None
+        return self._tokens(features, mask, weigh, self.options.source_words)
 
     def video(self, features: Tensor, mask: Tensor) -> Tokens:
         """Frames [V, T, D] and bool mask [V, T] -> Tokens."""
         frames = self.temporal.frames(features, mask)
-        return self._tokens(frames, mask, self.video_weight_fc if self.weighted else None)
+        weigh = self.video_weight_fc if self.weighted else None
+        return self._tokens(frames, mask, weigh, self.options.source_frames)
 
-    def _tokens(self, features: Tensor, mask: Tensor, weigh: nn.Module | None) -> Tokens:
+    def _tokens(self, features: Tensor, mask: Tensor, weigh: nn.Module | None, source_length: int) -> Tokens:
         if self.options.mask_padding:  # else padding may win a maximum, and CDCR then reads what it holds
             features = torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features))
+        elif mask.shape[1] < source_length:
+            # The sources fill to this length: one slot of padding, scoring 0, does what many would.
+            features, mask = F.pad(features, (0, 0, 0, 1)), F.pad(mask, (0, 1))
         score = weigh(features).squeeze(-1).float() if weigh else torch.zeros_like(features[..., 0])
         weights = score.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         return F.normalize(features, dim=-1), mask, weights
