@@ -17,6 +17,7 @@ from dataloaders.datasets import VideoSource
 from dataloaders.frames import FrameSampling
 from dataloaders.integrity import check_complete, check_overlap
 from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
+from dataloaders.query_bank import QueryBank, load_query_bank
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import VideoReadError
@@ -89,16 +90,27 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_data(options: Options, name: str) -> RetrievalSplit:
-    """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
+def annotation_files(options: Options) -> AnnotationFiles:
     data = options.data
-    files = AnnotationFiles(
+    return AnnotationFiles(
         data_path=data.data_path, train_csv=data.train_csv, val_csv=data.val_csv,
         lsmdc_source_gap=data.lsmdc_source_gap,
         # 30 s were annotated; the source projects pass 31 to their frame readers.
         didemo_clip_seconds=30 if options.model.compat == "none" else 31,
     )  # fmt: skip
-    split = load_split(data.datatype, name, files, data.features_path)
+
+
+def query_bank(options: Options) -> QueryBank | None:
+    """QB-Norm's queries, when asked for."""
+    if not options.run.qb_norm:
+        return None
+    return load_query_bank(options.data.datatype, annotation_files(options), options.run.qb_size, options.run.seed)
+
+
+def load_data(options: Options, name: str) -> RetrievalSplit:
+    """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
+    data = options.data
+    split = load_split(data.datatype, name, annotation_files(options), data.features_path)
     if name != "train":
         check_complete(split, data.allow_missing)
     elif split.missing_videos:
@@ -136,7 +148,7 @@ class Evaluator:
     def sharding(self) -> dict[str, Any]:
         return {"rank": self.world.rank, "world_size": self.world.size}
 
-    def __call__(self, model: VideoTextModel, split: RetrievalSplit) -> Evaluation:
+    def __call__(self, model: VideoTextModel, split: RetrievalSplit, bank: QueryBank | None = None) -> Evaluation:
         data, run = self.options.data, self.options.run
         videos = video_loader(
             split, self.source(data.eval_frame_order), batch_size=run.batch_size_val, seed=run.seed,
@@ -145,7 +157,8 @@ class Evaluator:
         captions = partial(CaptionBatches, tokenize=self.tokenize, batch_size=4 * run.batch_size_val, **self.sharding())
         return evaluate(
             model, split, videos, captions, self.world, run.precision, data.allow_missing,
-            same_dsl_axis=self.options.model.compat == "internvideo",
+            same_dsl_axis=self.options.model.compat == "internvideo", memory_mb=run.similarity_memory_mb,
+            bank_batches=captions(bank) if bank else None,
         )  # fmt: skip
 
 
@@ -168,7 +181,7 @@ def run(options: Options, world: World) -> None:
                       "the training split" if train_split else str(source), options.data.allow_overlap)
         for split in dict.fromkeys((scored, selection)) if trained_on is not None
     ]  # fmt: skip
-    model = build_model(options.model, source)
+    model, source = build_model(options.model, options.data.max_words, options.data.max_frames)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
                          f"got {options.data.max_words}")  # fmt: skip
@@ -180,7 +193,7 @@ def run(options: Options, world: World) -> None:
         fine_tune(model, options, world, evaluator, train_split, selection, resumed, trained_on)
         source = run_options.output_dir / SELECTED
         load_weights(model, read_checkpoint(source).tensors, str(source))
-    evaluation = evaluator(model, scored)
+    evaluation = evaluator(model, scored, query_bank(options))
     log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
              len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
     if world.is_main:
@@ -213,7 +226,8 @@ def fine_tune(
     log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(split.videos),
              len(loader.dataset), len(loader), len(frozen))  # fmt: skip
     optimizer = build_optimizer(model, options.train, options.model.compat, len(loader) * options.train.epochs)
-    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm)
+    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm,
+                      run_options.seed)
     state = Progress()
     if resumed:
         source = str(options.train.resume_model)

@@ -64,7 +64,7 @@ def main() -> None:
         make_sample_data(["--output_dir", name, "--datatype", "msvd", "--n_train", "4", "--n_val", "4",
                           "--n_test", str(args.videos)])  # fmt: skip
         small = load_split("msvd", "test", AnnotationFiles(data_path=root / "msvd"), root / "msvd" / "videos")
-        model = build_model(ModelOptions(), root / "clip" / "tiny_clip.pt").eval()
+        model = build_model(ModelOptions(pretrained_clip_name=str(root / "clip" / "tiny_clip.pt")))[0].eval()
         captions = [f"caption {k} of video {v}" for v in range(args.videos) for k in range(args.captions)]
         owner = np.repeat(np.arange(args.videos), args.captions)
         split = RetrievalSplit("msvd", "test", small.videos, tuple(captions), owner, small.expected)

@@ -1,7 +1,7 @@
 """From the tensor names that different programs write to one set of names: dict -> dict, nothing read or built.
 
-Canonical names are those of CLIP4Clip's retrieval model: the CLIP towers as `clip.` + OpenAI's names, heads as they
-stand. A prefix is only ever removed at the front of a name.
+Canonical names are those of CLIP4Clip's retrieval model: the CLIP towers as `clip.` + OpenAI's names (InternVideo's
+where its video tower is), heads as they stand. A prefix is only ever removed at the front of a name.
 """
 
 import re
@@ -27,11 +27,17 @@ ALWAYS_PRESENT = (
     "token_embedding.weight", "positional_embedding", "transformer.resblocks.0.attn.in_proj_weight",
     "ln_final.weight", "text_projection", "logit_scale",
 )  # fmt: skip
+# What InternVideo's video tower has and no plain CLIP: it starts at initial values when a plain CLIP starts the tower.
+VIDEO_TOWER_PARTS = (
+    "visual.transformer.temporal_cls_token", "visual.transformer.balance", "visual.transformer.dpe.",
+    "visual.transformer.dec.", "text_mask_embedding",
+)  # fmt: skip
+VIDEO_TOWER_NAMES = {  # CLIP's name -> InternVideo's
+    "visual.proj": "visual_proj",
+    "visual.ln_post.weight": "visual_ln_post.weight",
+    "visual.ln_post.bias": "visual_ln_post.bias",
+}
 REFUSED = {  # a key, or the start of keys if it ends with a dot -> what the file is
-    "visual.transformer.temporal_cls_token": "intern_video",
-    "visual.transformer.dpe.": "intern_video",
-    "visual.transformer.dec.": "intern_video",
-    "visual_proj": "intern_video",
     "visual.layer1.": "resnet",
     "visual.attnpool.": "resnet",
     "visual.trunk.": "timm",
@@ -39,8 +45,6 @@ REFUSED = {  # a key, or the start of keys if it ends with a dot -> what the fil
     "text.transformer.encoder.": "hf_text",
 }
 REFUSALS = {
-    "intern_video": "it holds InternVideo weights with the global video tower (--clip_evl), which this version does "
-    "not build yet. Use the weights of a plain CLIP or CLIP4Clip model.",
     "resnet": "it is a CLIP with a ResNet image tower. Only ViT towers are built here: ViT-B/32, ViT-B/16 or ViT-L/14.",
     "timm": "it is an open_clip model with a timm image tower (SigLIP, EVA, ConvNeXt...). Only CLIP's own ViT towers "
     "are built here.",
@@ -74,12 +78,14 @@ class NamedTensors:
     """`tensors`: float32 (or integer) under canonical names. `naming`: "openai", "open_clip" or "hugging_face".
 
     `prefixed`: the file itself had the `clip.` prefix. `has_integers`: it had OpenAI's three integer tensors.
+    `video_tower`: it holds InternVideo's video tower (`--clip_evl`), with 5-D patch weights, instead of an image tower.
     """
 
     tensors: dict[str, Tensor]
     naming: str
     prefixed: bool
     has_integers: bool
+    video_tower: bool
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
@@ -129,18 +135,45 @@ def canonical_names(tensors: Mapping[str, Tensor]) -> NamedTensors:
         naming, towers = "hugging_face", _from_hugging_face(towers)
     elif any(key.startswith("text.") for key in towers):
         naming, towers = "open_clip", {_without_front(key, "text."): value for key, value in towers.items()}
-    missing = [key for key in ALWAYS_PRESENT if key not in towers]
+    video = is_video_tower(towers)
+    if video:
+        towers = video_tower_names(towers)
+    wanted = [VIDEO_TOWER_NAMES.get(key, key) for key in ALWAYS_PRESENT] if video else ALWAYS_PRESENT
+    missing = [key for key in wanted if key not in towers]
     if missing:
         raise CheckpointError(_not_clip(tensors, missing))
     if not prefixed:
         # Whatever is neither a known tower's nor OpenAI's stands as it is: strict loading names it.
         heads = {key: towers.pop(key) for key in list(towers) if not _is_tower_key(key)}
     renamed = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
-    return NamedTensors({key: _plain(value) for key, value in renamed.items()}, naming, prefixed, has_integers)
+    return NamedTensors({key: _plain(value) for key, value in renamed.items()}, naming, prefixed, has_integers,
+                        video)  # fmt: skip
+
+
+def is_video_tower(towers: Mapping[str, Tensor]) -> bool:
+    """Whether the names (without `clip.`) or the patch weights are those of InternVideo's video tower."""
+    patches = towers.get("visual.conv1.weight")
+    return (
+        any(key.startswith(VIDEO_TOWER_PARTS) or key in VIDEO_TOWER_NAMES.values() for key in towers)
+        or patches is not None and patches.ndim == 5
+    )  # fmt: skip
+
+
+def video_tower_names(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a CLIP or a video tower, names without `clip.`, under InternVideo's: patches [width, 3, 1, p, p]."""
+    renamed = dict(towers)
+    for plain, video in VIDEO_TOWER_NAMES.items():
+        if plain in renamed and video not in renamed:
+            renamed[video] = renamed.pop(plain)
+    patches = renamed.get("visual.conv1.weight")
+    if patches is not None and patches.ndim == 4:
+        renamed["visual.conv1.weight"] = patches.unsqueeze(2)
+    return renamed
 
 
 def _is_tower_key(key: str) -> bool:
-    return key.startswith(("visual.", "transformer.resblocks.", "ln_final.")) or key in ALWAYS_PRESENT
+    starts = ("visual.", "transformer.resblocks.", "ln_final.", "visual_ln_post.", "visual_proj", *VIDEO_TOWER_PARTS)
+    return key.startswith(starts) or key in ALWAYS_PRESENT
 
 
 def _plain(tensor: Tensor) -> Tensor:

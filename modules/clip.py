@@ -86,13 +86,19 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """CLIP's vision transformer."""
+    """CLIP's vision transformer. With `temporal_patch` its patches span three frames (CLIP4Clip's ``linear_patch 3d``):
+    `conv2` takes the place of `conv1`, which stays for the checkpoint's sake and does not train.
+    """
 
-    def __init__(self, sizes: ClipSizes, activation: str) -> None:
+    def __init__(self, sizes: ClipSizes, activation: str, temporal_patch: bool = False) -> None:
         super().__init__()
         width, patch = sizes.vision_width, sizes.patch_size
         tokens = (sizes.image_resolution // patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.temporal_patch = temporal_patch
+        if temporal_patch:
+            self.conv2 = nn.Conv3d(3, width, (3, patch, patch), stride=(1, patch, patch), padding=(1, 0, 0), bias=False)
+            self.conv1.requires_grad_(False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -100,27 +106,54 @@ class ImageTower(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, sizes.embed_dim))
 
+    def patches(self, images: Tensor) -> Tensor:
+        """images float [B, 3, S, S] -> embedded patches [B, P, width]; with `temporal_patch` clips of one frame."""
+        if self.temporal_patch:
+            return self.clip_patches(images[:, None])[:, 0]
+        return self.conv1(images).flatten(2).transpose(1, 2)
+
+    def clip_patches(self, clips: Tensor) -> Tensor:
+        """clips float [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width] by `conv2`."""
+        return self.conv2(clips.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
+
     def tokens(self, images: Tensor) -> Tensor:
-        """images float [B, 3, S, S] -> tokens [B, 1 + patches, width] before ``ln_post`` and projection; CLS first."""
-        x = self.conv1(images).flatten(2).transpose(1, 2)
-        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1) + self.positional_embedding.to(x.dtype)
+        """images float [B, 3, S, S] -> tokens [B, 1 + P, width] before ``ln_post`` and projection; CLS first."""
+        return self.attend(self.patches(images))
+
+    def attend(self, patches: Tensor) -> Tensor:
+        """Embedded patches [B, P, width] -> tokens [B, 1 + P, width]."""
+        cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([cls, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         return self.transformer(self.ln_pre(x))
+
+    def feature(self, tokens: Tensor) -> Tensor:
+        """tokens [B, 1 + P, width] -> features [B, D], not unit length."""
+        return self.ln_post(tokens[:, 0]) @ self.proj
 
     def forward(self, images: Tensor) -> Tensor:
         """images float [B, 3, S, S], normalised -> image features [B, D], not unit length."""
-        return self.ln_post(self.tokens(images)[:, 0]) @ self.proj
+        return self.feature(self.tokens(images))
+
+
+def centred_in_time(patch_weight: Tensor) -> Tensor:
+    """Start of `conv2` from `conv1`: [W, 3, P, P] -> [W, 3, 3, P, P], the middle frame only, as CLIP4Clip does."""
+    start = patch_weight.new_zeros(*patch_weight.shape[:2], 3, *patch_weight.shape[2:])
+    start[:, :, 1] = patch_weight
+    return start
 
 
 class CLIP(nn.Module):
-    """Both towers and the logit scale; ``sizes`` says how big, ``activation`` which MLP non-linearity."""
+    """Both towers and the logit scale; ``sizes`` says how big, ``activation`` which MLP non-linearity.
 
-    def __init__(self, sizes: ClipSizes, activation: str) -> None:
+    `temporal_patch`: see :class:`ImageTower`.
+    """
+
+    def __init__(self, sizes: ClipSizes, activation: str, temporal_patch: bool = False) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"--activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.sizes, self.activation = sizes, activation
-        self.visual = ImageTower(sizes, activation)
+        self.visual = ImageTower(sizes, activation, temporal_patch)
         self.transformer = Transformer(sizes.text_width, sizes.text_layers, sizes.text_heads, activation)
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(sizes.context_length, sizes.text_width))
@@ -140,10 +173,32 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images uint8 or float [B, 3, S, S] -> [B, D], not unit length."""
+        self.check_side(images)
+        return self.visual(self.normalize(images))
+
+    def check_side(self, images: Tensor) -> None:
+        """Raises ValueError unless [..., S, S] are the pixels this tower takes."""
         side = self.sizes.image_resolution
         if images.shape[-2:] != (side, side):
             raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(images.shape[-2:])}")
-        return self.visual(self.normalize(images))
+
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> [V, T, D] float32; zeros at padding.
+
+        Only real frames go through the tower. Raises ValueError for a wrong image side or a clip without any.
+        """
+        if not frame_mask.any(dim=1).all():
+            empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
+        if self.visual.temporal_patch:
+            self.check_side(frames)
+            clips = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
+            patches = self.visual.clip_patches(clips)[frame_mask]
+            features = self.visual.feature(self.visual.attend(patches)).float()
+        else:
+            features = self.encode_image(frames[frame_mask]).float()
+        out = features.new_zeros(*frame_mask.shape, features.shape[-1])
+        return out.masked_scatter(frame_mask.unsqueeze(-1), features)
 
     def text_tokens(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [N, L], L up to the context length -> projected tokens [N, L, D].

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modules.representation import Representation, as_parts, pad_to
+
 
 @dataclass(frozen=True)
 class World:
@@ -67,20 +69,33 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Concatenate `x` [n, ...] of all ranks along dim 0, in rank order; ranks may differ in n.
+def gather_rows(x: Representation | None, device: torch.device | None = None) -> Representation:
+    """Concatenate `x` of all ranks along dim 0, in rank order: a tensor [n, ...] or a tuple of such.
 
-    Differentiable, and exact under DistributedDataParallel: every rank computes the same whole-batch loss from the
-    result, the backward pass sums the ranks' gradients into the local rows, and DDP's division by the number of
-    ranks makes of it the gradient that one process would compute on the whole batch.
+    Ranks may differ in n, and in the other sizes (caption lengths): the smaller are padded with zeros. A rank without
+    any item gives None and its `device`. Differentiable, and exact under DistributedDataParallel: every rank computes
+    the same whole-batch loss from the result, the backward pass sums the ranks' gradients into the local rows, and
+    DDP's division by the number of ranks makes of it the gradient that one process would compute on the whole batch.
     """
     if not dist.is_initialized():
+        if x is None:
+            raise ValueError("nothing to gather: no rank has an item")
         return x
-    counts = gather_objects(len(x))
-    longest = max(counts)
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x
-    parts = _AllGather.apply(padded).split(longest)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    kinds = gather_objects(None if x is None else [(tuple(p.shape), p.dtype) for p in as_parts(x)])
+    known = next((kind for kind in kinds if kind is not None), None)
+    if known is None:
+        raise ValueError("nothing to gather: no rank has an item")
+    counts = [0 if kind is None else kind[0][0][0] for kind in kinds]
+    gathered = []
+    for i, (shape, dtype) in enumerate(known):
+        part = torch.empty(0, *shape[1:], dtype=dtype, device=device) if x is None else as_parts(x)[i]
+        largest = [max(sizes) for sizes in zip(*(kind[i][0] for kind in kinds if kind is not None))]
+        padded = pad_to(part, largest)
+        # Not every backend moves booleans.
+        rows = _AllGather.apply(padded.byte() if dtype == torch.bool else padded).to(dtype)
+        gathered.append(torch.cat([p[:n] for p, n in zip(rows.split(largest[0]), counts)]))
+    several = gather_objects(isinstance(x, tuple))
+    return tuple(gathered) if any(several) else gathered[0]
 
 
 class _AllGather(torch.autograd.Function):

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from modules.distributed import World, gather_objects, gather_rows
-from modules.metrics import retrieval_metrics
-from modules.model import VideoTextModel
+from modules.metrics import Metrics, format_metrics, retrieval_metrics
+from modules.model import MEMORY_MB, VideoTextModel
 from modules.progress import log, progress
+from modules.representation import Representation, as_float32, concat, count, take
+
+__all__ = ["DataError", "Evaluation", "autocast", "evaluate", "format_metrics"]
 
 
 class DataError(ValueError):
@@ -37,12 +40,19 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Similarities float32 [N, V] of what was scored, the split as scored, and the metrics by post-processing."""
+    """Similarities float32 [N, V] of what was scored, the split as scored, and the metrics by post-processing.
+
+    `scale` is the factor in the similarities; `same_dsl_axis` says how DSL went; `bank` [B, V] are the similarities of
+    QB-Norm's query bank, if there is one.
+    """
 
     similarity: Tensor
     split: Any
-    metrics: dict[str, dict[str, dict[str, float]]]
+    metrics: Metrics
     seconds: float
+    scale: float = 1.0
+    same_dsl_axis: bool = False
+    bank: Tensor | None = None
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -52,19 +62,23 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def in_order(index: list[Tensor], rows: list[Tensor], empty: Tensor) -> tuple[Tensor, Tensor]:
-    """Batches of all ranks -> (index sorted ascending, rows in that order)."""
-    local_index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
-    local_rows = torch.cat(rows) if rows else empty
-    all_index = gather_rows(local_index.to(local_rows.device)).cpu()
+def in_order(
+    index: list[Tensor], rows: list[Representation], device: torch.device
+) -> tuple[Tensor, Representation]:
+    """Batches of all ranks -> (index sorted ascending, items in that order)."""
+    local_index = torch.cat(index).to(device) if index else torch.empty(0, dtype=torch.long, device=device)
+    all_index = gather_rows(local_index).cpu()
+    if not len(all_index):
+        raise DataError("not a single item could be encoded: there is nothing to evaluate")
     order = all_index.argsort()
-    return all_index[order], gather_rows(local_rows)[order.to(local_rows.device)]
+    items = gather_rows(concat(rows) if rows else None, device)
+    return all_index[order], take(items, order.to(device))
 
 
 def encode_videos(
     model: VideoTextModel, loader: Iterable, world: World, precision: str
-) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Indices int64 [V'] of the videos read, their features [V', D], and (id, message) of those that were not."""
+) -> tuple[Tensor, Representation, list[tuple[str, str]]]:
+    """Indices int64 [V'] of the videos read, what the head made of them, and (id, message) of those not read."""
     index, rows, failures = [], [], []
     for batch in progress(loader, "videos", enabled=world.is_main):
         failures += [(failure.video_id, failure.message) for failure in batch.failures]
@@ -72,21 +86,32 @@ def encode_videos(
             frames = batch.frames.to(world.device, non_blocking=True)
             mask = batch.frame_mask.to(world.device, non_blocking=True)
             with autocast(world.device, precision):
-                rows.append(model.encode_video(frames, mask).float())
+                rows.append(as_float32(model.encode_video(frames, mask)))
             index.append(batch.index)
-    empty = torch.empty(0, model.clip.sizes.embed_dim, device=world.device)
-    order, features = in_order(index, rows, empty)
-    return order, features, [failure for part in gather_objects(failures) for failure in part]
+    order, videos = in_order(index, rows, world.device)
+    return order, videos, [failure for part in gather_objects(failures) for failure in part]
 
 
-def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Tensor:
-    """Text features [N, D] of all captions."""
+def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:
+    """What the head made of all N captions, in their order."""
     index, rows = [], []
     for where, token_ids, token_mask in progress(batches, "captions", enabled=world.is_main):
         with autocast(world.device, precision):
-            rows.append(model.encode_text(token_ids.to(world.device), token_mask.to(world.device)).float())
+            rows.append(as_float32(model.encode_text(token_ids.to(world.device), token_mask.to(world.device))))
         index.append(where)
-    return in_order(index, rows, torch.empty(0, model.clip.sizes.embed_dim, device=world.device))[1]
+    return in_order(index, rows, world.device)[1]
+
+
+def score(
+    model: VideoTextModel, text: Representation, video: Representation, world: World, memory_mb: float
+) -> Tensor:
+    """Similarities float32 [N, V] on the CPU of every rank. Where each pair costs, the ranks share the texts."""
+    if world.size == 1 or model.head.separable:
+        return model.similarity(text, video, memory_mb, show=world.is_main)
+    n = count(text)
+    mine = slice(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+    part = model.similarity(take(text, mine), video, memory_mb, show=world.is_main)
+    return gather_rows(part.to(world.device)).cpu()
 
 
 def without_failures(split: Split, failures: list[tuple[str, str]], allow_missing: bool) -> Split:
@@ -112,10 +137,13 @@ def evaluate(
     precision: str,
     allow_missing: bool = False,
     same_dsl_axis: bool = False,
+    memory_mb: float = MEMORY_MB,
+    bank_batches: Iterable | None = None,
 ) -> Evaluation:
     """Score every caption of `split` against every video of it.
 
     video_batches: this rank's share of the videos. caption_batches: gives this rank's share of a split's captions.
+    memory_mb: for a block of pairs, see VideoTextModel.similarity. bank_batches: this rank's share of QB-Norm's bank.
     Raises DataError when videos cannot be read, unless `allow_missing`.
     """
     began = time.perf_counter()
@@ -126,24 +154,11 @@ def evaluate(
     if len(order) != len(scored.videos):
         raise RuntimeError(f"{len(order)} videos were encoded where {len(scored.videos)} were expected")
     text = encode_captions(model, caption_batches(scored), world, precision)
-    similarity = model.similarity(text, video)
-    multi_caption = len(scored.captions) > len(scored.videos)
-    metrics = retrieval_metrics(
-        similarity, scored.caption_to_video, same_dsl_axis and multi_caption, scored.captions
-    )
+    similarity, bank = score(model, text, video, world, memory_mb), None
+    if bank_batches is not None:
+        bank = score(model, encode_captions(model, bank_batches, world, precision), video, world, memory_mb)
+    same_axis = same_dsl_axis and len(scored.captions) > len(scored.videos)
+    scale = float(model.evaluation_scale())
+    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, bank, scale, scored.captions)
     model.train(was_training)
-    return Evaluation(similarity, scored, metrics, time.perf_counter() - began)
-
-
-LABELS = {"raw": "", "dsl": ", DSL", "duplicate_aware": ", duplicate-aware"}
-
-
-def format_metrics(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table of the metrics, one line per direction and post-processing."""
-    columns = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-    lines = [" " * 32 + "".join(f"{c:>8}" for c in columns)]
-    for kind, both in metrics.items():
-        for direction, title in (("t2v", "text-to-video"), ("v2t", "video-to-text")):
-            label = f"{title}{LABELS[kind]}"
-            lines.append(f"{label:<32}" + "".join(f"{both[direction][c]:8.1f}" for c in columns))
-    return "\n".join(lines)
+    return Evaluation(similarity, scored, metrics, time.perf_counter() - began, scale, same_axis, bank)

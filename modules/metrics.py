@@ -1,7 +1,7 @@
 """Retrieval metrics: pure functions of a similarity matrix [N captions, V videos].
 
 A rank is the number of candidates that score at least as high as the correct one, itself left out: 0 is best, a tie
-is not a win. There is exactly one rank per query.
+is not a win. There is exactly one rank per query. Post-processing (DSL, QB-Norm) is a function of saved matrices, too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ BLOCK = 2048  # rows or columns compared at a time: bounds memory, whatever N an
 ArrayLike = np.ndarray | Tensor
 AlsoCorrect = Mapping[int, Sequence[int]]
 NOTHING: AlsoCorrect = {}
+QB_BETA = 20.0  # inverse temperature for cosines, as in the paper
+# What each row of the table looks at besides the query and the gallery. A transductive one needs the other test queries
+# and is not comparable with methods that answer one query at a time.
+LOOKS_AT = {
+    "raw": "nothing else",
+    "dsl": "all other test queries (transductive)",
+    "qb_norm": "training captions (not transductive; text-to-video only)",
+    "duplicate_aware": "nothing else; a video whose own caption is the query's very text counts as correct",
+}
+Metrics = dict[str, dict[str, dict[str, float]]]
 
 
 def _checked(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor, Tensor]:
@@ -118,31 +128,64 @@ def dual_softmax(similarity: ArrayLike, dim: int) -> Tensor:
     return sim * sim.softmax(dim=dim)
 
 
-def retrieval_metrics(
-    similarity: ArrayLike,
-    caption_to_video: ArrayLike,
-    same_dsl_axis: bool = False,
-    captions: Sequence[str] | None = None,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """``{"raw": {"t2v", "v2t"}, "dsl": …}`` of :func:`summarize`, and ``"duplicate_aware"`` where captions call for it.
+def qb_norm(similarity: ArrayLike, bank: ArrayLike, beta: float = QB_BETA) -> Tensor:
+    """Query bank normalisation by dynamic inverted softmax (Bogolin et al., arXiv 2112.12777): float64 [N, V].
 
-    DSL normalises over the captions for t2v and over the videos for v2t. With `same_dsl_axis` (InternVideo's code on
-    multi-caption sets) v2t, too, normalises over the captions. Duplicate-aware: raw similarities, but a video one of
-    whose own captions is the very text of the query counts as correct.
+    similarity [N, V] of the test queries, bank [B, V] of the bank's queries, both against the same gallery. A gallery
+    item that is the nearest of some bank query is a hub; a query whose nearest item is a hub is scored with
+    ``exp(beta s) / sum over the bank of exp(beta s)`` per item, any other as it was. Returned is the logarithm of that
+    over beta, which ranks alike within a row (the only use of it) and cannot overflow.
+    """
+    sim, other = torch.as_tensor(similarity).double(), torch.as_tensor(bank).double()
+    if other.ndim != 2 or len(other) == 0 or other.shape[1] != sim.shape[1]:
+        raise ValueError(f"the query bank must be [B, {sim.shape[1]}] with B >= 1, got {list(other.shape)}")
+    hubs = torch.zeros(sim.shape[1], dtype=torch.bool)
+    hubs[other.argmax(dim=1)] = True
+    normalized = sim - (beta * other).logsumexp(dim=0) / beta
+    return torch.where(hubs[sim.argmax(dim=1)][:, None], normalized, sim)
+
+
+def retrieval_metrics(
+    similarity: ArrayLike, caption_to_video: ArrayLike, same_dsl_axis: bool = False, bank: ArrayLike | None = None,
+    scale: float = 1.0, captions: Sequence[str] | None = None,
+) -> Metrics:  # fmt: skip
+    """``{"raw": {"t2v", "v2t"}, "dsl": …, "qb_norm": {"t2v"}, "duplicate_aware": …}`` of :func:`summarize`.
+
+    similarity [N, V] includes the logit scale, and so does `bank` [B, V], without which there is no "qb_norm"; `scale`
+    says how much, as QB-Norm's temperature is one for cosines. DSL normalises over the captions for t2v and over the
+    videos for v2t; with `same_dsl_axis` (InternVideo's code on multi-caption sets) over the captions for both.
+    "duplicate_aware", where `captions` call for it: raw similarities, but a video one of whose own captions is the very
+    text of the query counts as correct.
     """
     t2v, v2t = retrieval_ranks(similarity, caption_to_video)
     over_captions = dual_softmax(similarity, dim=0)
-    dsl_t2v = text_to_video_ranks(over_captions, caption_to_video)
     over_videos = over_captions if same_dsl_axis else dual_softmax(similarity, dim=1)
+    dsl_t2v = text_to_video_ranks(over_captions, caption_to_video)
     dsl_v2t = video_to_text_ranks(over_videos, caption_to_video)
-    found = {
+    metrics = {
         "raw": {"t2v": summarize(t2v), "v2t": summarize(v2t)},
         "dsl": {"t2v": summarize(dsl_t2v), "v2t": summarize(dsl_v2t)},
     }
+    if bank is not None:
+        normalized = qb_norm(similarity, bank, QB_BETA / scale)
+        metrics["qb_norm"] = {"t2v": summarize(text_to_video_ranks(normalized, caption_to_video))}
     by_caption, by_video = duplicates(captions, caption_to_video) if captions is not None else (NOTHING, NOTHING)
     if by_caption:
-        found["duplicate_aware"] = {
+        metrics["duplicate_aware"] = {
             "t2v": summarize(text_to_video_ranks(similarity, caption_to_video, by_caption)),
             "v2t": summarize(video_to_text_ranks(similarity, caption_to_video, by_video)),
         }
-    return found
+    return metrics
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """A table of the metrics, one line per direction and post-processing, and what each post-processing looks at."""
+    columns = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+    lines = [" " * 30 + "".join(f"{c:>8}" for c in columns)]
+    for kind, both in metrics.items():
+        for direction, title in (("t2v", "text-to-video"), ("v2t", "video-to-text")):
+            if direction in both:
+                label = f"{title} {kind if kind != 'raw' else ''}"
+                lines.append(f"{label:<30}" + "".join(f"{both[direction][c]:8.1f}" for c in columns))
+    notes = [f"{kind} uses {LOOKS_AT[kind]}" for kind in metrics if kind != "raw"]
+    return "\n".join(lines) + f"\n({'; '.join(notes)})"

@@ -78,6 +78,10 @@ class BertAdam(torch.optim.Optimizer):
         steps = [max((self.state[p].get("step", 0) for p in g["params"]), default=0) for g in self.param_groups]
         return [self.scheduled_lr(group, step) for group, step in zip(self.param_groups, steps)]
 
+    def steps_taken(self) -> int:
+        """Steps of the parameter that has had the most."""
+        return max((state["step"] for state in self.state.values()), default=0)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
@@ -104,8 +108,8 @@ class BertAdam(torch.optim.Optimizer):
 
 
 def parameter_name(name: str) -> str:
-    """A parameter's name in checkpoints: heads are stored without the ``head.`` of the module tree."""
-    return name.removeprefix("head.")
+    """A parameter's name in checkpoints: heads are stored without ``head.`` and ``temporal.`` of the module tree."""
+    return name.removeprefix("head.").removeprefix("temporal.")
 
 
 def is_decayed(name: str, parameter: Tensor, compat: str) -> bool:

@@ -71,11 +71,23 @@ class ModelOptions:
     finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
     activation: str = flag("auto", "MLP activation of the weights; auto: told by the file",
                            choices=("auto", "quick_gelu", "gelu"))  # fmt: skip
-    sim_header: str = flag("meanP", "similarity head: meanP or seqTransf")
-    cross_num_hidden_layers: int = flag(4, "layers of the seqTransf head")
-    linear_patch: str = flag("2d", "patch projection", choices=("2d", "3d"))
-    loose_type: bool = flag(True, "texts and videos meet only in the similarity")
-    interaction: str = flag("no", "token-wise interaction", choices=("no", "ti", "wti"))
+    sim_header: str = flag("meanP", "similarity head: meanP, seqLSTM, seqTransf, tightTransf or xpool")
+    cross_num_hidden_layers: int = flag(4, "layers of the seqTransf and tightTransf heads")
+    linear_patch: str = flag("2d", "patches of one frame, or of three in a row", choices=("2d", "3d"))
+    loose_type: bool = flag(True, "texts and videos meet only in the similarity: all heads but tightTransf")
+    interaction: str = flag("no", "token-wise similarity over the frames of meanP, seqLSTM or seqTransf; ti: every "
+                            "word and frame counts alike, wti: learned weights",
+                            choices=("no", "ti", "wti"))  # fmt: skip
+    wti_arch: int = flag(2, "layers of the token weights of --interaction wti", choices=(1, 2, 3))
+    cdcr: int = flag(0, "channel decorrelation in the loss: 0 none; with --interaction: 1 a random word and frame, 2 "
+                     "all with their best matches, 3 the same, weighted", choices=(0, 1, 2, 3))  # fmt: skip
+    cdcr_alpha1: float = flag(0.16, "--cdcr: pull of the diagonal of the correlation matrix towards 1")
+    cdcr_alpha2: float = flag(0.0, "--cdcr: pull of the rest towards 0; the DRL paper's 0.06")
+    cdcr_lambda: float = flag(0.001, "--cdcr: its weight in the loss")
+    clip_evl: bool = flag(False, "InternVideo's video tower instead of CLIP's image tower")
+    pretrained_path: Path | None = flag(None, "--clip_evl: InternVideo weights to start from", type=Path)
+    mergeclip: bool = flag(False, "--clip_evl: average --pretrained_path with the CLIP of --pretrained_clip_name")
+    mergeweight: float = flag(0.5, "--mergeclip: weight of the CLIP")
     compat: str = flag("none", "reproduce a source project's numbers where they differ from what is right",
                        choices=("none", "clip4clip", "internvideo", "drl"))  # fmt: skip
 
@@ -107,6 +119,9 @@ class RunOptions:
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
     batch_size_val: int = flag(16, "clips per evaluation batch and process")
     save_similarity: bool = flag(False, "also write similarity.npz")
+    similarity_memory_mb: int = flag(1024, "memory for a block of pairs in evaluation with heads that see pairs")
+    qb_norm: bool = flag(False, "also report QB-Norm, its query bank the captions of the training split")
+    qb_size: int = flag(10000, "--qb_norm: captions in the query bank, drawn with --seed; 0 takes all")
     device: str = flag("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = flag("auto", "auto: bf16 on CUDA cards that have it, else fp32",
                           choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip

@@ -18,12 +18,6 @@ DEAD_FLAGS = dict.fromkeys(
     _NO_EFFECT,
 ) | {  # fmt: skip
     "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
-    "clip_evl": "InternVideo's video tower is not part of this version yet",
-    "mergeclip": "belongs to InternVideo's video tower, which is not part of this version yet",
-    "mergeweight": "belongs to InternVideo's video tower, which is not part of this version yet",
-    "pretrained_path": "belongs to InternVideo's video tower, which is not part of this version yet",
-    "wti_arch": "token-wise interaction is not part of this version yet",
-    "cdcr": "token-wise interaction is not part of this version yet",
     "use_dsl": "DSL is always reported beside the raw metrics; leave it out",
     "zeroshot": "evaluation without --finetuned_path is zero-shot; leave it out",
 }
@@ -47,6 +41,10 @@ RANGES: dict[str, tuple[str, tuple[Callable[[float], bool], str]]] = {
     "feature_framerate": ("data", _at_least(1)),
     "num_thread_reader": ("data", _at_least(0)),
     "cross_num_hidden_layers": ("model", _at_least(1)),
+    "cdcr_alpha1": ("model", _at_least(0)),
+    "cdcr_alpha2": ("model", _at_least(0)),
+    "cdcr_lambda": ("model", _at_least(0)),
+    "mergeweight": ("model", (lambda v: 0 <= v <= 1, "in [0, 1]")),
     "epochs": ("train", _at_least(1)),
     "batch_size": ("train", _at_least(1)),
     "lr": ("train", (lambda v: v > 0, "> 0")),
@@ -57,6 +55,8 @@ RANGES: dict[str, tuple[str, tuple[Callable[[float], bool], str]]] = {
     "max_grad_norm": ("train", (lambda v: v > 0, "> 0")),
     "n_display": ("train", _at_least(1)),
     "batch_size_val": ("run", _at_least(1)),
+    "similarity_memory_mb": ("run", _at_least(1)),
+    "qb_size": ("run", _at_least(0)),
     "seed": ("run", (lambda v: 0 <= v < 2**31, "in 0..2147483647")),
 }
 
@@ -69,19 +69,33 @@ def _bad_value(options: Options) -> str | None:
     return None
 
 
-def _not_built(options: Options) -> str | None:
-    """What the flags can say but this version cannot do."""
+def _bad_model(options: Options, given: set[str]) -> str | None:
+    """Parts of a model that do not go together."""
     from modules.heads import HEADS
 
     model = options.model
     if model.sim_header not in HEADS:
         return f"--sim_header must be one of {', '.join(sorted(HEADS))}, got {model.sim_header}"
-    if model.linear_patch != "2d":
-        return "--linear_patch 3d is not part of this version yet; use 2d"
-    if not model.loose_type:
-        return "--loose_type=false belongs to tightTransf, which is not part of this version yet"
-    if model.interaction != "no":
-        return f"--interaction {model.interaction} is not part of this version yet; use no"
+    tight = model.sim_header == "tightTransf"
+    if tight and model.loose_type and "loose_type" in given:
+        return "--sim_header tightTransf is not of --loose_type; leave --loose_type out"
+    if not tight and not model.loose_type:
+        return f"--loose_type=false belongs to --sim_header tightTransf, got --sim_header {model.sim_header}"
+    pairwise = not HEADS[model.sim_header].separable
+    if pairwise and model.interaction != "no":
+        return f"--interaction {model.interaction} takes the place of --sim_header {model.sim_header}'s similarity; " \
+               "use it with meanP, seqLSTM or seqTransf"  # fmt: skip
+    if pairwise and model.cdcr:
+        return f"--cdcr {model.cdcr} works on features or tokens that --sim_header {model.sim_header} does not compare"
+    if model.interaction != "wti" and "wti_arch" in given:
+        return f"--wti_arch {model.wti_arch} belongs to --interaction wti, got --interaction {model.interaction}"
+    if model.clip_evl and model.linear_patch == "3d":
+        return "--linear_patch 3d is not for --clip_evl, whose tower reads time in its own way"
+    for name in ("pretrained_path", "mergeclip"):
+        if getattr(model, name) and not model.clip_evl:
+            return f"--{name} is for InternVideo's tower; add --clip_evl"
+    if model.mergeclip and not (model.pretrained_path or model.finetuned_path or model.init_model):
+        return "--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path"
     if options.train.gradient_accumulation_steps != 1:
         return "--gradient_accumulation_steps other than 1 is not part of this version yet"
     return None
@@ -107,6 +121,8 @@ def _bad_combination(options: Options, given: set[str]) -> str | None:
         return "--resume_model continues a training run; add --do_train"
     if train.resume_model and model.init_model:
         return "--resume_model already holds the weights; leave --init_model out"
+    if run.qb_norm and data.datatype == "msrvtt" and data.train_csv is None:
+        return "--qb_norm takes its query bank from the training captions; add --train_csv (MSRVTT_train.9k.csv)"
     if run.fp16 and "precision" in given and run.precision != "fp16":
         return f"--fp16 means --precision fp16, but --precision {run.precision} was given"
     if data.frame_rule == "stride" and data.slice_framepos != 2:
@@ -119,4 +135,4 @@ def check(options: Options, given: set[str]) -> str | None:
 
     `given` holds the names of the flags that stood on the command line.
     """
-    return _bad_value(options) or _not_built(options) or _bad_combination(options, given)
+    return _bad_value(options) or _bad_model(options, given) or _bad_combination(options, given)

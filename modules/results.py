@@ -12,6 +12,7 @@ import numpy as np
 
 from modules.evaluate import Evaluation
 from modules.files import write_whole
+from modules.metrics import LOOKS_AT
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -41,6 +42,7 @@ def results(evaluation: Evaluation, options: dict[str, Any], weights: Path, sele
         "missing_videos": list(split.missing_videos),
         "protocol": {"v2t": "caption_groups", "ties": "pessimistic", "selected_on": selected_on},
         "metrics": evaluation.metrics,
+        "postprocessing": {kind: LOOKS_AT[kind] for kind in evaluation.metrics},
         "seconds": round(evaluation.seconds, 2),
         "options": options,
         "weights": str(weights),
@@ -49,14 +51,20 @@ def results(evaluation: Evaluation, options: dict[str, Any], weights: Path, sele
 
 
 def write_similarity(path: Path, evaluation: Evaluation) -> None:
-    """similarity.npz: `similarity` float32 [N, V], `caption_to_video`, `captions`, `video_ids`."""
+    """similarity.npz: `similarity` float32 [N, V], `caption_to_video`, `captions`, `video_ids`, `logit_scale` (the
+    factor in the similarities), `same_dsl_axis`, and with ``--qb_norm`` `bank_similarity` float32 [B, V].
+    """
     split = evaluation.split
     arrays = {
         "similarity": evaluation.similarity.numpy(),
         "caption_to_video": np.asarray(split.caption_to_video),
         "captions": np.array(split.captions),
         "video_ids": np.array([video.video_id for video in split.videos]),
+        "logit_scale": np.float64(evaluation.scale),
+        "same_dsl_axis": np.bool_(evaluation.same_dsl_axis),
     }
+    if evaluation.bank is not None:
+        arrays["bank_similarity"] = evaluation.bank.numpy()
     write_whole(path, lambda file: np.savez(file, **arrays))
 
 

@@ -59,6 +59,7 @@ class Trainer:
     world: World
     precision: str
     max_grad_norm: float
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "fp16")
@@ -78,9 +79,11 @@ class Trainer:
         Order as in CLIP4Clip: backward, clip the global norm, update, clamp the logit scale.
         """
         device = self.world.device
+        # From the number of the step: the same on every rank, and the same again after a resume.
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.optimizer.steps_taken())
+        tensors = (batch.token_ids, batch.token_mask, batch.frames, batch.frame_mask)
         with autocast(device, self.precision):
-            loss = self.wrapped(*(x.to(device, non_blocking=True) for x in
-                                  (batch.token_ids, batch.token_mask, batch.frames, batch.frame_mask)))  # fmt: skip
+            loss = self.wrapped(*(x.to(device, non_blocking=True) for x in tensors), generator=draws)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"loss is {value}; the clips of this batch: {', '.join(batch.video_ids)}")
@@ -145,7 +148,8 @@ def load_last(path: Path) -> dict[str, Any]:
 
 
 # Options that decide what is learned: a resumed run must have them as the interrupted one had.
-_BINDING = ("datatype", "sim_header", "cross_num_hidden_layers", "compat", "epochs", "batch_size", "lr", "coef_lr",
+_BINDING = ("datatype", "sim_header", "cross_num_hidden_layers", "linear_patch", "interaction", "wti_arch", "cdcr",
+            "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda", "clip_evl", "compat", "epochs", "batch_size", "lr", "coef_lr",
             "warmup_proportion", "weight_decay", "freeze_layer_num", "max_grad_norm", "max_frames", "max_words",
             "feature_framerate", "frame_rule", "slice_framepos", "train_frame_order", "expand_msrvtt_sentences",
             "seed", "decoder", "precision")  # fmt: skip

@@ -4,20 +4,25 @@ import torch
 
 from modules.checkpoints import clip_sizes, load_strict
 from modules.clip import CLIP
-from modules.heads import HEADS
+from modules.heads import build_head
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import parameter_name
 
 
-def build(tensors: dict[str, torch.Tensor], sim_header: str, num_layers: int = 2, compat: str = "none"):
+def build(tensors: dict[str, torch.Tensor], sim_header: str, num_layers: int = 2, compat: str = "none",
+          head_options: HeadOptions | None = None):  # fmt: skip
     """Tensors under CLIP4Clip's names -> VideoTextModel in evaluation mode."""
     clip = {k: v for k, v in tensors.items() if k.startswith("clip.")}
     sizes = clip_sizes(clip)
-    head = HEADS[sim_header](sizes, HeadOptions(num_layers, normalize_frames=compat != "internvideo"))
-    model = VideoTextModel(CLIP(sizes, "quick_gelu"), head).eval()
+    head_options = head_options or HeadOptions(num_layers, normalize_frames=compat != "internvideo")
+    head = build_head(sim_header, sizes, head_options)
+    tower = CLIP(sizes, "quick_gelu", temporal_patch="clip.visual.conv2.weight" in clip)
+    unscaled = compat == "drl" or (compat == "internvideo" and head_options.interaction != "no")
+    model = VideoTextModel(tower, head, scale_evaluation=not unscaled).eval()
     names = {parameter_name(name): name for name in model.state_dict()}
-    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, "golden vector")
+    kept = {k: v for k, v in tensors.items() if not k.startswith(head.ignored_prefixes or ("\0",))}
+    load_strict(model, {names.get(k, k): v for k, v in kept.items()}, "golden vector")
     return model
 
 

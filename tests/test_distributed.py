@@ -1,10 +1,12 @@
 """Two gloo processes against one: the loss and the gradients of the whole batch."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
+from tiny_models import batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from modules.distributed import gather_rows
@@ -55,3 +57,44 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
 def test_gathering_is_the_identity_alone():
     x = torch.randn(3, 2, requires_grad=True)
     assert gather_rows(x) is x
+
+
+PAIRWISE = [("tightTransf", "no", "2d"), ("xpool", "no", "2d"), ("seqTransf", "wti", "2d"), ("meanP", "wti", "evl")]
+
+
+def share_of_a_tiny_batch(rows: slice) -> tuple[torch.Tensor, ...]:
+    """Trimmed to what these rows need, as the loaders of different ranks do."""
+    ids, token_mask, frames, frame_mask = (x[rows] for x in batch())
+    n, t = int(token_mask.sum(1).max()), int(frame_mask.sum(1).max())
+    return ids[:, :n], token_mask[:, :n], frames[:, :t], frame_mask[:, :t]
+
+
+def one_tiny_rank(rank: int, case: tuple, store: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
+    wrapped = DistributedDataParallel(model)
+    loss = wrapped(*share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank]),
+                   generator=torch.Generator().manual_seed(3))  # fmt: skip
+    loss.backward()
+    none = gather_rows((torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None, torch.device("cpu"))
+    assert [tuple(part.shape) for part in none] == [(2, 3), (2,)]
+    assert none[1].dtype == torch.bool
+    results[rank] = (loss.item(), {k: g.numpy() for k, g in gradients(model).items()})
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids="-".join)
+def test_tuples_of_different_lengths_gather_exactly(case, tmp_path):
+    """Uneven shares, captions and clips of other lengths on each rank, random tokens: still the loss of one process."""
+    model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
+    loss = model(*batch(), generator=torch.Generator().manual_seed(3))
+    loss.backward()
+    want = gradients(model)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(one_tiny_rank, (case, str(tmp_path / "store"), results), nprocs=2)
+        for rank_loss, got in results.values():
+            assert abs(rank_loss - loss.item()) < 1e-5
+            assert got.keys() == want.keys()
+            for name, gradient in want.items():
+                torch.testing.assert_close(torch.from_numpy(got[name]), gradient, rtol=1e-3, atol=2e-6)

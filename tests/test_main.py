@@ -40,7 +40,7 @@ def trained(sample, tmp_path_factory):
     """Output folder of a CLIP4Clip MSR-VTT command, flags as in its README, with only paths and sizes replaced."""
     data, out = sample / "msrvtt", tmp_path_factory.mktemp("trained")
     command = (
-        f"--do_train --num_thread_reader=1 --epochs=2 --batch_size=16 --n_display=50 "
+        f"--do_train --num_thread_reader=1 --epochs=2 --batch_size=64 --n_display=50 "
         f"--train_csv {data}/MSRVTT_train.9k.csv --val_csv {data}/MSRVTT_JSFUSION_test.csv "
         f"--data_path {data}/MSRVTT_data.json --features_path {data}/videos/all --output_dir {out} "
         f"--lr 1e-3 --max_words 32 --max_frames 12 --batch_size_val 16 --datatype msrvtt --expand_msrvtt_sentences "
@@ -62,11 +62,11 @@ def test_a_run_leaves_its_files(trained):
     for kind in ("raw", "dsl"):
         for direction in ("t2v", "v2t"):
             assert set(found["metrics"][kind][direction]) == {"R@1", "R@5", "R@10", "MedR", "MeanR"}
-    assert found["options"]["batch_size"] == 16
+    assert found["options"]["batch_size"] == 64
     assert found["weights"] == str(trained / "pytorch_model.bin")
     history = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in history] == [0, 1]
-    assert history[0]["steps"] == 48 * 20 // 16
+    assert history[0]["steps"] == 48 * 20 // 64
     assert "frame_rule" in (trained / "log.txt").read_text()
 
 

@@ -12,7 +12,7 @@ batch_size batch_size_val coef_lr data_path datatype do_eval do_train epochs exp
 feature_framerate features_path finetuned_path freeze_layer_num interaction linear_patch loose_type lr max_frames
 max_words n_display num_thread_reader output_dir pretrained_clip_name sim_header slice_framepos train_csv val_csv
 init_model resume_model seed warmup_proportion gradient_accumulation_steps cross_num_hidden_layers train_frame_order
-eval_frame_order cache_dir fp16 local_rank local-rank
+eval_frame_order cache_dir fp16 local_rank local-rank clip_evl mergeclip mergeweight pretrained_path wti_arch cdcr
 """
 
 
@@ -44,11 +44,20 @@ def test_booleans_mean_what_they_say(text, value):
     (["--lr", "0"], "--lr must be > 0, got 0.0"),
     (["--lr", "nan"], "--lr must be > 0, got nan"),
     (["--warmup_proportion", "1"], "--warmup_proportion must be in [0, 1), or -1 for none, got 1.0"),
-    (["--sim_header", "meanPP"], "--sim_header must be one of meanP, seqTransf, got meanPP"),
-    (["--linear_patch", "3d"], "--linear_patch 3d is not part of this version yet"),
-    (["--interaction", "wti"], "--interaction wti is not part of this version yet"),
-    (["--clip_evl"], "--clip_evl InternVideo's video tower is not part of this version yet"),
-    (["--mergeclip=True"], "--mergeclip belongs to InternVideo's video tower"),
+    (["--sim_header", "meanPP"],
+     "--sim_header must be one of meanP, seqLSTM, seqTransf, tightTransf, xpool, got meanPP"),
+    (["--sim_header", "tightTransf", "--loose_type"], "--sim_header tightTransf is not of --loose_type"),
+    (["--loose_type=false"], "--loose_type=false belongs to --sim_header tightTransf, got --sim_header meanP"),
+    (["--sim_header", "xpool", "--interaction", "wti"], "--interaction wti takes the place of --sim_header xpool's"),
+    (["--sim_header", "tightTransf", "--cdcr", "1"], "--cdcr 1 works on features or tokens that --sim_header tight"),
+    (["--wti_arch", "3"], "--wti_arch 3 belongs to --interaction wti, got --interaction no"),
+    (["--linear_patch", "3d", "--clip_evl"], "--linear_patch 3d is not for --clip_evl"),
+    (["--mergeclip=True"], "--mergeclip is for InternVideo's tower; add --clip_evl"),
+    (["--pretrained_path", "a"], "--pretrained_path is for InternVideo's tower; add --clip_evl"),
+    (["--clip_evl", "--mergeclip"], "--mergeclip averages the file of --pretrained_path with a CLIP"),
+    (["--mergeweight", "1.5"], "--mergeweight must be in [0, 1], got 1.5"),
+    (["--similarity_memory_mb", "0"], "--similarity_memory_mb must be >= 1, got 0"),
+    (["--qb_norm"], "--qb_norm takes its query bank from the training captions; add --train_csv"),
     (["--margin", "0.1"], "--margin had no effect in the source projects"),
     (["--allow_missing=perhaps"], "expected true or false, got 'perhaps'"),
     (["--max_frame", "3"], "unrecognized arguments: --max_frame"),

@@ -1,11 +1,10 @@
 """seqTransf: a transformer over the frames, added to them, then the mean (CLIP4Clip, arXiv 2104.08860)."""
 
-import torch
 from torch import Tensor, nn
 
 from modules.checkpoints import ClipSizes
 from modules.clip import Transformer
-from modules.heads.base import Head, HeadOptions, pool_frames, register
+from modules.heads.base import Head, HeadOptions, first_text_layers, register
 
 
 @register("seqTransf")
@@ -23,19 +22,12 @@ class SequentialTransformer(Head):
     @classmethod
     def init_from_clip(cls, clip: dict[str, Tensor], options: HeadOptions) -> dict[str, Tensor]:
         """The first layers of the text transformer and its position table."""
-        start = {"frame_position_embeddings.weight": clip["positional_embedding"]}
-        for layer in range(options.num_layers):
-            prefix = f"transformer.resblocks.{layer}."
-            start |= {f"transformerClip.{k.removeprefix('transformer.')}": v for k, v in clip.items()
-                      if k.startswith(prefix)}
-        return start
+        table = {"frame_position_embeddings.weight": clip["positional_embedding"]}
+        return table | first_text_layers(clip, options.num_layers, "transformerClip.")
 
-    def video(self, features: Tensor, mask: Tensor) -> Tensor:
+    def frames(self, features: Tensor, mask: Tensor) -> Tensor:
         frames = features.shape[1]
         if frames > self.sizes.context_length:
             raise ValueError(f"--sim_header seqTransf takes at most {self.sizes.context_length} frames, got {frames}")
-        # A padded frame keeps itself as a key: its output is dropped, and no row of the mask is empty.
-        keys = mask[:, None, :] | torch.eye(frames, dtype=torch.bool, device=mask.device)
         positioned = features + self.frame_position_embeddings.weight[:frames]
-        features = features + self.transformerClip(positioned, mask=keys[:, None])
-        return pool_frames(features, mask, self.options.normalize_frames)
+        return features + self.transformerClip(positioned, mask=mask[:, None, None])

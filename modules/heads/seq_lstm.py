@@ -1,0 +1,31 @@
+"""seqLSTM: a one-layer LSTM over the frames, added to them, then the mean (CLIP4Clip, arXiv 2104.08860)."""
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints import ClipSizes
+from modules.heads.base import Head, HeadOptions, register
+
+
+@register("seqLSTM")
+class SequentialLSTM(Head):
+    checkpoint_prefixes = ("lstm_visual.", "frame_position_embeddings.")
+
+    def __init__(self, sizes: ClipSizes, options: HeadOptions) -> None:
+        super().__init__(sizes, options)
+        self.lstm_visual = nn.LSTM(sizes.embed_dim, sizes.embed_dim, batch_first=True)
+        # CLIP4Clip stores a position table with this head and never reads it: kept for its checkpoints, not trained.
+        self.frame_position_embeddings = nn.Embedding(sizes.context_length, sizes.embed_dim)
+        self.frame_position_embeddings.requires_grad_(False)
+
+    @classmethod
+    def init_from_clip(cls, clip: dict[str, Tensor], options: HeadOptions) -> dict[str, Tensor]:
+        """The position table; the LSTM starts from torch's own random values."""
+        return {"frame_position_embeddings.weight": clip["positional_embedding"]}
+
+    def frames(self, features: Tensor, mask: Tensor) -> Tensor:
+        # The LSTM reads forwards only and padding comes last, so real frames never see it: no packing is needed, and
+        # lengths need not leave the device. Zeros in place of padding keep the padded outputs finite.
+        keep = mask.unsqueeze(-1)
+        hidden, _ = self.lstm_visual(torch.where(keep, features, torch.zeros_like(features)))
+        return features + torch.where(keep, hidden, torch.zeros_like(hidden))

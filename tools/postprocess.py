@@ -1,0 +1,46 @@
+"""The metrics table of a finished run, made again from its similarity.npz.
+
+    python -m tools.postprocess runs/x/similarity.npz
+
+Raw, DSL and, if the run was made with ``--qb_norm``, QB-Norm; transductive rows are labelled. Needs no model or videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modules.metrics import Metrics, format_metrics, retrieval_metrics
+
+
+def metrics_of_file(path: Path) -> Metrics:
+    """The metrics of a similarity.npz. Raises ValueError, naming the file, when it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = dict(saved)
+        return retrieval_metrics(
+            arrays["similarity"], arrays["caption_to_video"], bool(arrays.get("same_dsl_axis", False)),
+            arrays.get("bank_similarity"), float(arrays.get("logit_scale", 1.0)), arrays["captions"].tolist(),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a similarity.npz of --save_similarity: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("tools.postprocess", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="similarity.npz that a run with --save_similarity left")
+    path = parser.parse_args(argv).file
+    try:
+        print(format_metrics(metrics_of_file(path)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
