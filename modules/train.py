@@ -186,6 +186,8 @@ def train(
     is_main = trainer.world.is_main
     history = read_history(folder / HISTORY, state.epoch)
     for epoch in range(state.epoch, options.epochs):
+        # Dropout draws from torch's global generator. Seeded per epoch and rank, a resumed run draws as a whole one.
+        torch.manual_seed(trainer.seed * 1_000_003 + epoch * trainer.world.size + trainer.world.rank)
         line = train_epoch(trainer, loader, epoch, options.n_display)
         evaluation = evaluate_epoch()
         score = evaluation.metrics["raw"]["t2v"]["R@1"]

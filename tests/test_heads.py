@@ -9,6 +9,7 @@ from modules.heads import HEADS
 from modules.heads.base import Head, register
 from modules.model import pair_blocks
 from modules.representation import as_parts, concat, count, take
+from modules.video_clip import Slots
 
 every_head = pytest.mark.parametrize("case", CASES, ids="-".join)
 
@@ -142,6 +143,16 @@ def test_towers_compile_without_a_break(tower):
         with torch.no_grad():
             got = torch.compile(function, backend="eager", fullgraph=True)(argument)
             torch.testing.assert_close(got, function(argument))
+
+
+def test_internvideos_tower_compiles_without_a_break():
+    model = tiny_model("meanP", "no", "evl")
+    _, _, frames, frame_mask = batch()
+    arguments = (frames[frame_mask], Slots.of(frame_mask))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model.clip.visual, backend="eager", fullgraph=True)(*arguments)
+        torch.testing.assert_close(got, model.clip.visual(*arguments))
 
 
 def test_order_of_frames_matters_where_it_should():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from golden_vectors import load, recipe
 from test_main import ROOT, replaced
 
+import modules.train
 from main_task_retrieval import main
 from modules.metrics import retrieval_metrics
 from tools.postprocess import main as postprocess
@@ -112,6 +114,26 @@ def test_the_wrong_options_for_a_checkpoint_are_named(stem, flags, message, msrv
 def test_a_head_starts_from_plain_clip(flags, msrvtt_flags, tmp_path):
     assert main([*TRAIN, *msrvtt_flags, *flags]) == 0
     assert json.loads((tmp_path / "out" / "history.jsonl").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("flags", [["--sim_header", "xpool"], ["--interaction", "wti", "--cdcr", "1"]], ids=" ".join)
+def test_chance_is_the_same_after_a_resume(flags, msrvtt_flags, tmp_path, monkeypatch):
+    """Dropout (xpool) and drawn tokens (cdcr 1): the second epoch is that of a run without interruption."""
+    kept, save = tmp_path / "after_epoch_1.pt", modules.train.save_last
+
+    def save_and_keep(folder: Path, *arguments) -> None:
+        save(folder, *arguments)
+        if not kept.exists():
+            shutil.copy(folder / "checkpoint_last.pt", kept)
+
+    monkeypatch.setattr(modules.train, "save_last", save_and_keep)
+    command = [*replaced(TRAIN, epochs=2), *flags]
+    assert main([*command, *replaced(msrvtt_flags, output_dir=tmp_path / "whole")]) == 0
+    again = replaced(msrvtt_flags, output_dir=tmp_path / "resumed", resume_model=kept)
+    assert main([*command, *again]) == 0
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"]
+                      for name in ("whole", "resumed"))  # fmt: skip
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_mergeclip_from_the_command_line(msrvtt_flags, tmp_path):
