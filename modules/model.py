@@ -46,8 +46,11 @@ class VideoTextModel(nn.Module):
     def forward(self, token_ids: Tensor, token_mask: Tensor, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Contrastive loss of a batch of pairs, a scalar; over the batches of all ranks when there are several."""
         text = gather_rows(self.encode_text(token_ids, token_mask))
-        video = gather_rows(self.encode_video(frames, frame_mask))
-        with torch.autocast(text.device.type, enabled=False):
+        return self.loss(text, gather_rows(self.encode_video(frames, frame_mask)))
+
+    def loss(self, text: Tensor, video: Tensor) -> Tensor:
+        """Contrastive loss, a scalar, of what the two encoders gave for the pairs of all ranks; in float32."""
+        with torch.autocast(self.clip.logit_scale.device.type, enabled=False):
             return contrastive_loss(self.clip.logit_scale.exp() * self.head.similarity(text.float(), video.float()))
 
     @torch.no_grad()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modules.options import Options
+
+AUTO = Path("auto")  # --resume_model auto
 
 # Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
 _NO_EFFECT = "had no effect in the source projects and does not exist here; leave it out"
@@ -56,6 +59,8 @@ RANGES: dict[str, tuple[str, tuple[Callable[[float], bool], str]]] = {
     "freeze_layer_num": ("train", _at_least(-1)),
     "max_grad_norm": ("train", (lambda v: v > 0, "> 0")),
     "n_display": ("train", _at_least(1)),
+    "gradient_accumulation_steps": ("train", _at_least(1)),
+    "save_steps": ("train", _at_least(0)),
     "batch_size_val": ("run", _at_least(1)),
     "seed": ("run", (lambda v: 0 <= v < 2**31, "in 0..2147483647")),
 }
@@ -82,8 +87,6 @@ def _not_built(options: Options) -> str | None:
         return "--loose_type=false belongs to tightTransf, which is not part of this version yet"
     if model.interaction != "no":
         return f"--interaction {model.interaction} is not part of this version yet; use no"
-    if options.train.gradient_accumulation_steps != 1:
-        return "--gradient_accumulation_steps other than 1 is not part of this version yet"
     return None
 
 
@@ -105,8 +108,11 @@ def _bad_combination(options: Options, given: set[str]) -> str | None:
         return "--finetuned_path is for evaluation; to train on from a checkpoint give --init_model"
     if train.resume_model and not run.do_train:
         return "--resume_model continues a training run; add --do_train"
-    if train.resume_model and model.init_model:
+    if train.resume_model and train.resume_model != AUTO and model.init_model:
         return "--resume_model already holds the weights; leave --init_model out"
+    if train.gradient_accumulation_steps > train.batch_size:
+        return (f"--gradient_accumulation_steps {train.gradient_accumulation_steps} exceeds --batch_size "
+                f"{train.batch_size}: a piece holds at least one pair")  # fmt: skip
     if run.fp16 and "precision" in given and run.precision != "fp16":
         return f"--fp16 means --precision fp16, but --precision {run.precision} was given"
     if data.frame_rule == "stride" and data.slice_framepos != 2:
