@@ -25,33 +25,52 @@ from modules.checkpoints import CheckpointError, load_strict, read_checkpoint
 from modules.distributed import World
 from modules.download import DownloadError
 from modules.evaluate import DataError, Evaluation, evaluate, format_metrics
+from modules.files import remove_leftovers
+from modules.interrupt import Interrupted, StopRequest
 from modules.model import VideoTextModel
 from modules.optim import freeze, parameter_name
 from modules.options import DataOptions, Options, parse_options
 from modules.progress import log, setup_logging
 from modules.results import results, write_json, write_similarity
+from modules.resume import SELECTED, Progress, find_last, load_last, recover_selected, resume
 from modules.tokenizer import Tokenizer
-from modules.train import SELECTED, Progress, Trainer, build_optimizer, load_last, resume, train
+from modules.train import Output, train
+from modules.trainer import Trainer, TrainingError, build_optimizer, trade
+from modules.watch import open_tensorboard
 
-USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 after an error, 128 + the signal's number when asked to stop."""
     options = parse_options(argv)
-    world = None
-    try:
-        world = distributed.setup(options.run.device)
-        prepare_output(options.run.output_dir, world)
-        options = resolve(options, world)
-        log.info("options: %s", options.as_dict())
-        run(options, world)
-    except USER_ERRORS as error:
-        log.debug("stopped by an error", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.shutdown()
+    with StopRequest() as stop:
+        try:
+            world = distributed.setup(options.run.device)
+            prepare_output(options.run.output_dir, world)
+            options = resolve(options, world)
+            log.info("options: %s", options.as_dict())
+            run(options, world, stop)
+            distributed.shutdown()
+        except (Exception, Interrupted) as error:
+            return ended_by(error)
     return 0
+
+
+def ended_by(error: Exception | Interrupted) -> int:
+    """Say why the run ends and give its exit status; with several ranks, end all of them."""
+    log.debug("stopped by an error", exc_info=True)
+    if isinstance(error, Interrupted):
+        if distributed.in_company():
+            distributed.stop_all(str(error), error.exit_code)
+        print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
+        return error.exit_code
+    if distributed.in_company():
+        distributed.fail(error)
+    if not isinstance(error, USER_ERRORS):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def prepare_output(folder: Path, world: World) -> None:
@@ -64,7 +83,6 @@ def prepare_output(folder: Path, world: World) -> None:
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
     setup_logging(folder, world.is_main)
-
 
 def resolve(options: Options, world: World) -> Options:
     """Replace every `auto` by what it means on this machine and for this dataset."""
@@ -79,7 +97,17 @@ def resolve(options: Options, world: World) -> Options:
         precision = "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs CUDA; on the CPU use fp32")
-    return replace(options, data=replace(data, frame_rule=rule), run=replace(run, precision=precision))
+    has_val = "val" in DATASETS[data.datatype].SPLITS
+    select_on = options.train.select_on
+    if select_on == "auto":
+        select_on = "val" if has_val else "test"
+    for name, value in (("select_on", select_on), ("eval_split", run.eval_split)):
+        if value == "val" and not has_val:
+            raise ValueError(f"--{name} val: {data.datatype} has no val split; give test")
+    if options.train.tensorboard:
+        open_tensorboard(None)
+    return replace(options, data=replace(data, frame_rule=rule), run=replace(run, precision=precision),
+                   train=replace(options.train, select_on=select_on))  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:
@@ -135,15 +163,13 @@ class Evaluator:
         )  # fmt: skip
 
 
-def run(options: Options, world: World) -> None:
+def run(options: Options, world: World, stop: StopRequest) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
     run_options = options.run
     seed_everything(run_options.seed)
-    has_val = "val" in DATASETS[options.data.datatype].SPLITS
-    if run_options.eval_split == "val" and not has_val:
-        raise ValueError(f"--eval_split val: {options.data.datatype} has no val split")
     scored = checked(load_data(options.data, run_options.eval_split), options.data.allow_missing)
-    resumed = load_last(options.train.resume_model) if options.train.resume_model else None
+    resume_from = find_last(options.train.resume_model, run_options.output_dir)
+    resumed = load_last(resume_from) if resume_from else None
     model, weights = build_model(options.model)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
@@ -155,10 +181,11 @@ def run(options: Options, world: World) -> None:
              len(scored.videos), len(scored.captions), options.data.frame_rule, world.device, world.size)  # fmt: skip
     selected_on = None
     if run_options.do_train:
-        selected_on = "val" if has_val else "test"
-        selection = scored if selected_on == scored.name else checked(
-            load_data(options.data, selected_on), options.data.allow_missing)  # fmt: skip
-        fine_tune(model, options, world, evaluator, selection, resumed)
+        selected_on = options.train.select_on
+        watched = scored.name if selected_on == "last" else selected_on  # what the epochs are scored on
+        selection = scored if watched == scored.name else checked(
+            load_data(options.data, watched), options.data.allow_missing)  # fmt: skip
+        fine_tune(model, options, world, evaluator, selection, resumed, resume_from, stop)
         weights = run_options.output_dir / SELECTED
         load_weights(model, read_checkpoint(weights).tensors, str(weights))
     evaluation = evaluator(model, scored)
@@ -179,37 +206,42 @@ def load_weights(model: VideoTextModel, tensors: dict[str, torch.Tensor], source
 
 def fine_tune(
     model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, selection: RetrievalSplit,
-    resumed: dict[str, Any] | None,
+    resumed: dict[str, Any] | None, resume_from: Path | None, stop: StopRequest,
 ) -> None:  # fmt: skip
     """Train, select by `selection`, and leave the selected weights in --output_dir."""
-    data, run_options = options.data, options.run
+    data, training, run_options = options.data, options.train, options.run
     split = load_data(data, "train")
     if split.missing_videos:
         log.warning("training without %d missing videos, such as %s", len(split.missing_videos),
                     ", ".join(split.missing_videos[:5]))  # fmt: skip
     loader = pair_loader(
         split, evaluator.source(data.train_frame_order), evaluator.tokenize,
-        expand=data.expand_msrvtt_sentences or data.datatype != "msrvtt", batch_size=options.train.batch_size,
+        expand=data.expand_msrvtt_sentences or data.datatype != "msrvtt", batch_size=training.batch_size,
         num_workers=data.num_thread_reader, seed=run_options.seed, pin_memory=world.device.type == "cuda",
         **evaluator.sharding(),
     )  # fmt: skip
-    frozen = freeze(model.clip, options.train.freeze_layer_num)
+    frozen = freeze(model.clip, training.freeze_layer_num)
     log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(split.videos),
              len(loader.dataset), len(loader), len(frozen))  # fmt: skip
-    optimizer = build_optimizer(model, options.train, options.model.compat, len(loader) * options.train.epochs)
-    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm)
-    state = Progress()
-    if resumed:
-        source = str(options.train.resume_model)
-        state = resume(resumed, trainer, options.as_dict(), lambda t: load_weights(model, t, source))
-        log.info("resumed from %s after epoch %d", options.train.resume_model, state.epoch)
+    trade(model, world.device, training.grad_checkpointing, training.compile)
+    optimizer = build_optimizer(model, training, options.model.compat, len(loader) * training.epochs)
+    trainer = Trainer(model, optimizer, world, run_options.precision, training.max_grad_norm,
+                      training.gradient_accumulation_steps)  # fmt: skip
     sidecar = {
         "activation": model.clip.activation, "sim_header": options.model.sim_header, "compat": options.model.compat,
         "dataset": split.dataset, "train_videos": [video.video_id for video in split.videos],
-        "selected_on": selection.name,
+        "selected_on": training.select_on,
     }  # fmt: skip
-    train(trainer, loader, lambda: evaluator(model, selection), options.train, run_options.output_dir, state,
-          options.as_dict(), sidecar)  # fmt: skip
+    facts = {"training data": split.digest(), "activation": model.clip.activation}
+    output = Output(run_options.output_dir, {"options": options.as_dict(), "facts": facts}, sidecar)
+    if world.is_main:
+        remove_leftovers(output.folder)
+    state = Progress()
+    if resumed:
+        state = resume(resumed, trainer, output.record, lambda t: load_weights(model, t, str(resume_from)))
+        recover_selected(resume_from, output.folder, state, world.is_main)
+        log.info("resumed from %s: epoch %d, step %d", resume_from, state.epoch + 1, state.step)
+    train(trainer, loader, lambda: evaluator(model, selection), training, output, state, stop)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -96,17 +98,19 @@ def setup(device: str) -> World:
     Raises ValueError when the device is not there or the others cannot be met.
     """
     place = read_place(os.environ)
+    if place.size == 1:
+        return World(0, 1, choose_device(device, place))
+    for name, value in place.meeting_point.items():
+        os.environ.setdefault(name, value)
+    store = _meet(place)
+    # The watch first: a rank whose device is not there must not keep the others waiting.
+    _watch.append(RankWatch(dist.PrefixStore("watch", store), place.rank, place.size))
     chosen = choose_device(device, place)
-    if place.size > 1:
-        for name, value in place.meeting_point.items():
-            os.environ.setdefault(name, value)
-        store = _meet(place)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT,
-            device_id=chosen if backend == "nccl" else None,
-        )  # fmt: skip
-        _watch.append(RankWatch(dist.PrefixStore("watch", store), place.rank, place.size))
+    on_cuda = chosen.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
+        timeout=COLLECTIVE_TIMEOUT, device_id=chosen if on_cuda else None,
+    )  # fmt: skip
     return World(place.rank, place.size, chosen)
 
 
@@ -129,20 +133,33 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def fail(error: BaseException, world: World, show_traceback: bool = True) -> None:
-    """End all ranks because of `error`, with this rank's traceback unless another rank failed first; never returns."""
+def in_company() -> bool:
+    """Whether other ranks have been met and not left yet."""
+    return bool(_watch)
+
+
+def fail(error: Exception) -> NoReturn:
+    """End all ranks because of `error`, showing this rank's traceback unless another rank failed first."""
     watch = _watch[0]
+    who = f"rank {watch.rank} of {watch.size}"
     # Torch reports a lost peer as RuntimeError; ask why it was lost before blaming this rank.
     elsewhere = watch.failure_elsewhere(GRACE_SECONDS) if isinstance(error, RuntimeError) else None
     if elsewhere:
-        leave(f"rank {world.rank} of {world.size} ends: {elsewhere}")
-    told = f"rank {world.rank} of {world.size} failed: {type(error).__name__}: {error}"
-    watch.report(told)
-    if show_traceback:
-        told += "\n" + "".join(traceback.format_exception(error))
-    if world.is_main:
+        leave(f"{who} ends: {elsewhere}")
+    _tell_and_leave(f"{who} failed: {type(error).__name__}: {error}", "".join(traceback.format_exception(error)), 1)
+
+
+def stop_all(reason: str, status: int) -> NoReturn:
+    """End all ranks because this one was asked to stop."""
+    _tell_and_leave(f"rank {_watch[0].rank} was {reason}", "", status)
+
+
+def _tell_and_leave(what: str, more: str, status: int) -> NoReturn:
+    print(what, more, sep="\n" if more else "", file=sys.stderr, flush=True)
+    _watch[0].report(what)
+    if _watch[0].rank == 0:
         time.sleep(GRACE_SECONDS)  # this process may hold the store: the others have to read the report first
-    leave(told)
+    leave("", status)
 
 
 def barrier() -> None:

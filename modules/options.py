@@ -98,8 +98,8 @@ class TrainOptions:
     save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only")
     resume_model: Path | None = flag(None, "checkpoint_last.pt to continue from; auto: the one in --output_dir, if any",
                                      type=Path)  # fmt: skip
-    select_on: str = flag("auto", "split whose text-to-video R@1 chooses the epoch to keep; last: the last epoch; auto: "
-                          "val where the dataset has one, else test",
+    select_on: str = flag("auto", "split whose text-to-video R@1 chooses the epoch to keep; last: the last epoch; "
+                          "auto: val where the dataset has one, else test",
                           choices=("auto", "val", "test", "last"))  # fmt: skip
     tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
 

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from torch.distributed import Store
 
@@ -25,7 +26,7 @@ class RankWatch:
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.store, self.rank, self.next = store, rank, (rank + 1) % size
+        self.store, self.rank, self.size, self.next = store, rank, size, (rank + 1) % size
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
         self.thread.start()
@@ -75,9 +76,9 @@ class RankWatch:
                 leave(f"rank {self.rank} ends: {failure}")
 
 
-def leave(message: str) -> None:
+def leave(message: str, status: int = 1) -> NoReturn:
     """Print and end this process without waiting for anyone: the peers that a clean exit would wait for are gone."""
     print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)

@@ -15,7 +15,7 @@ from modules.heads import HEADS
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, freeze, parameter_groups, parameter_name
-from modules.train import Trainer
+from modules.trainer import Trainer
 
 
 @pytest.mark.parametrize("stem", fixtures("E1*"))
