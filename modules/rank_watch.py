@@ -27,6 +27,7 @@ class RankWatch:
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.store, self.rank, self.size, self.next = store, rank, size, (rank + 1) % size
+        self.seen: str | None = None  # the failure that the thread came across
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
         self.thread.start()
@@ -39,7 +40,7 @@ class RankWatch:
     def failure_elsewhere(self, seconds: float) -> str | None:
         """What another rank reported, waiting up to `seconds` for it; None when nothing or only our own report came."""
         deadline = time.monotonic() + seconds
-        while True:
+        while not self.seen:
             try:
                 if self.store.check(["failure"]):
                     return self._elsewhere()
@@ -48,6 +49,7 @@ class RankWatch:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.1)
+        return self.seen
 
     def _elsewhere(self) -> str | None:
         who, what = self.store.get("failure").decode().split("\n", 1)
@@ -72,8 +74,9 @@ class RankWatch:
                 elif time.monotonic() - heard_at > SILENT_SECONDS:
                     failure = f"rank {self.next} has given no sign of life for {SILENT_SECONDS:.0f} s"
                     self.report(failure)
+            self.seen = failure
             if failure and not self.stopped.wait(GRACE_SECONDS):  # a rank that is ending by itself says more
-                leave(f"rank {self.rank} ends: {failure}")
+                leave(f"rank {self.rank} of {self.size} ends: {failure}")
 
 
 def leave(message: str, status: int = 1) -> NoReturn:
