@@ -1,5 +1,6 @@
 """What a run shows: speed, waiting, time left, scalars, and the warning that names the flag to change."""
 
+import io
 import json
 import logging
 import sys
@@ -56,8 +57,20 @@ def test_speed_share_and_time_left(monkeypatch, lines):
     assert watched.data_wait == 0.25
     assert watched.time_left == 400
     assert lines[-1] == ("epoch 1 step 21/21  loss 1.5000  gradient norm 2.00  lr 1.00e-04, 1.00e-07  "
-                         "2.0 clips/s, 25% waiting for data, 0:06:44 left")  # fmt: skip
+                         "2.0 clips/s, 25% waiting for data, 0:06:40 left")  # fmt: skip
     assert [line.split("  ")[0] for line in lines] == [f"epoch 1 step {n}/21" for n in (10, 20, 21)]
+
+
+def test_a_bar_on_a_terminal(monkeypatch, lines):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    watched = EpochWatch(2, 4, done=1, later=0, clips=8, every=50, enabled=True)
+    for _ in watched.batches(range(3)):
+        watched.stepped(loss=1.5, norm=2.0, rates=[1e-4])
+    assert "epoch 3" in terminal.getvalue()
+    assert "1/4" in terminal.getvalue()  # the step done before a resume counts
+    assert watched.done == 4
 
 
 @pytest.mark.parametrize(("wait", "enabled", "warned"), [(2, True, True), (0.5, True, False), (2, False, False)])
