@@ -20,19 +20,19 @@ from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import VideoReadError
 from modules import distributed
-from modules.build import build_model
-from modules.checkpoints import CheckpointError, load_strict, read_checkpoint
+from modules.build import build_model, load_weights
+from modules.checkpoints import CheckpointError, read_checkpoint
 from modules.distributed import World
 from modules.download import DownloadError
 from modules.evaluate import DataError, Evaluation, evaluate, format_metrics
 from modules.files import remove_leftovers
 from modules.interrupt import Interrupted, StopRequest
 from modules.model import VideoTextModel
-from modules.optim import freeze, parameter_name
+from modules.optim import freeze
 from modules.options import DataOptions, Options, parse_options
 from modules.progress import log, setup_logging
 from modules.results import results, write_json, write_similarity
-from modules.resume import SELECTED, Progress, find_last, load_last, recover_selected, resume
+from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
 from modules.train import Output, train
 from modules.trainer import Trainer, TrainingError, build_optimizer, trade
@@ -199,11 +199,6 @@ def run(options: Options, world: World, stop: StopRequest) -> None:
         log.info("wrote %s", out / "results.json")
 
 
-def load_weights(model: VideoTextModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    names = {parameter_name(name): name for name in model.state_dict()}
-    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)
-
-
 def fine_tune(
     model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, selection: RetrievalSplit,
     resumed: dict[str, Any] | None, resume_from: Path | None, stop: StopRequest,
@@ -236,11 +231,7 @@ def fine_tune(
     output = Output(run_options.output_dir, {"options": options.as_dict(), "facts": facts}, sidecar)
     if world.is_main:
         remove_leftovers(output.folder)
-    state = Progress()
-    if resumed:
-        state = resume(resumed, trainer, output.record, lambda t: load_weights(model, t, str(resume_from)))
-        recover_selected(resume_from, output.folder, state, world.is_main)
-        log.info("resumed from %s: epoch %d, step %d", resume_from, state.epoch + 1, state.step)
+    state = resume(resumed, resume_from, trainer, output.record, output.folder) if resumed else Progress()
     train(trainer, loader, lambda: evaluator(model, selection), training, output, state, stop)
 
 

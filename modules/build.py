@@ -86,8 +86,7 @@ def build_model(options: ModelOptions) -> tuple[VideoTextModel, Path]:
         head_class, head_options, checkpoint, path, options.finetuned_path is not None, options.sim_header
     )
     model = VideoTextModel(CLIP(sizes, activation), head_class(sizes, head_options))
-    names = {parameter_name(name): name for name in model.state_dict()}
-    load_strict(model, {names.get(key, key): value for key, value in tensors.items()}, str(path))
+    load_weights(model, tensors, str(path))
     log.info("weights: %s: %s; %s (%s)", path, checkpoint.kind, activation, checkpoint.activation_reason)
     log.info("model: ViT %d wide x %d layers, patch %d at %d px; text %d wide x %d layers; head %s; %.1f M parameters",
              sizes.vision_width, sizes.vision_layers, sizes.patch_size, sizes.image_resolution, sizes.text_width,
@@ -98,3 +97,9 @@ def build_model(options: ModelOptions) -> tuple[VideoTextModel, Path]:
 def checkpoint_tensors(model: VideoTextModel) -> dict[str, Tensor]:
     """The model's tensors under CLIP4Clip's names, on the CPU."""
     return {parameter_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def load_weights(model: VideoTextModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors under CLIP4Clip's names into `model`. Raises CheckpointError naming `source` when they do not fit."""
+    names = {parameter_name(name): name for name in model.state_dict()}
+    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)

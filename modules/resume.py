@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modules.build import checkpoint_tensors
+from modules.build import checkpoint_tensors, load_weights
 from modules.checkpoints import CheckpointError
 from modules.distributed import barrier, gather_objects
 from modules.files import write_whole
@@ -148,19 +147,25 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
 
 
 def resume(
-    content: dict[str, Any], trainer: Trainer, record: dict[str, Any], load: Callable[[dict], None]
+    content: dict[str, Any], source: Path, trainer: Trainer, record: dict[str, Any], folder: Path
 ) -> Progress:
-    """Put a run back where `content` left it. Raises CheckpointError when options that matter differ."""
+    """Put a run back where `content`, read from `source`, left it; `folder` is the output folder now.
+
+    Raises CheckpointError when options that matter differ.
+    """
     check_options(content, record, trainer.world.size)
     names = [[group["names"] for group in groups] for groups in
              (content["optimizer"]["param_groups"], trainer.optimizer.param_groups)]  # fmt: skip
     if names[0] != names[1]:
         raise CheckpointError("--resume_model: the checkpoint's optimiser groups hold other parameters than this model")
-    load(content["model"])
+    load_weights(trainer.model, content["model"], str(source))
     trainer.optimizer.load_state_dict(content["optimizer"])
     trainer.scaler.load_state_dict(content["scaler"])
     set_random_state(content["random"][trainer.world.rank % len(content["random"])], trainer.world.device)
-    return Progress(**content["progress"])
+    state = Progress(**content["progress"])
+    recover_selected(source, folder, state, trainer.world.is_main)
+    log.info("resumed from %s: epoch %d, step %d", source, state.epoch + 1, state.step)
+    return state
 
 
 def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool) -> None:
