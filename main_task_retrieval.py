@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,47 +13,62 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.datasets import VideoSource
-from dataloaders.frames import FrameSampling
-from dataloaders.integrity import check_complete, check_overlap
-from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
-from dataloaders.query_bank import QueryBank, load_query_bank
-from dataloaders.registry import DATASETS, AnnotationFiles, load_split
-from dataloaders.split import RetrievalSplit
+from dataloaders.registry import DATASETS
 from dataloaders.video import VideoReadError
 from modules import distributed
-from modules.build import build_model, weights_path
-from modules.checkpoints import CheckpointError, load_strict, read_checkpoint, read_sidecar
+from modules.build import build_model, load_weights, weights_path
+from modules.checkpoints import CheckpointError, read_checkpoint
 from modules.distributed import World
 from modules.download import DownloadError
-from modules.evaluate import Evaluation, evaluate, format_metrics
+from modules.evaluate import format_metrics
+from modules.files import remove_leftovers
+from modules.gather import main_first
+from modules.interrupt import Interrupted, StopRequest
 from modules.model import VideoTextModel
-from modules.optim import freeze, parameter_name
+from modules.optim import freeze
 from modules.options import Options, parse_options
 from modules.progress import log, setup_logging
 from modules.results import results, write_json, write_similarity
+from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
-from modules.train import SELECTED, Progress, Trainer, build_optimizer, load_last, resume, train
+from modules.train import Output, train
+from modules.trainer import Trainer, TrainingError, build_optimizer, trade
+from modules.watch import open_tensorboard
+from run_data import Evaluator, RunData, load_run_data, query_bank
 
-USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 after an error, 128 + the signal's number when asked to stop."""
     options = parse_options(argv)
-    world = None
-    try:
-        world = distributed.setup(options.run.device)
-        prepare_output(options.run.output_dir, world)
-        options = resolve(options, world)
-        log.info("options: %s", options.as_dict())
-        run(options, world)
-    except USER_ERRORS as error:
-        log.debug("stopped by an error", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.shutdown()
+    with StopRequest() as stop:
+        try:
+            world = distributed.setup(options.run.device)
+            prepare_output(options.run.output_dir, world)
+            options = resolve(options, world)
+            log.info("options: %s", options.as_dict())
+            run(options, world, stop)
+            distributed.shutdown()
+        except (Exception, Interrupted) as error:
+            return ended_by(error)
     return 0
+
+
+def ended_by(error: Exception | Interrupted) -> int:
+    """Say why the run ends and give its exit status; with several ranks, end all of them."""
+    log.debug("stopped by an error", exc_info=True)
+    if isinstance(error, Interrupted):
+        if distributed.in_company():
+            distributed.stop_all(str(error), error.exit_code)
+        print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
+        return error.exit_code
+    if distributed.in_company():
+        distributed.fail(error)
+    if not isinstance(error, USER_ERRORS):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def prepare_output(folder: Path, world: World) -> None:
@@ -66,7 +81,6 @@ def prepare_output(folder: Path, world: World) -> None:
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
     setup_logging(folder, world.is_main)
-
 
 def resolve(options: Options, world: World) -> Options:
     """Replace every `auto` by what it means on this machine and for this dataset."""
@@ -81,7 +95,17 @@ def resolve(options: Options, world: World) -> Options:
         precision = "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs CUDA; on the CPU use fp32")
-    return replace(options, data=replace(data, frame_rule=rule), run=replace(run, precision=precision))
+    has_val = "val" in DATASETS[data.datatype].SPLITS
+    select_on = options.train.select_on
+    if select_on == "auto":
+        select_on = "val" if has_val else "test"
+    for name, value in (("select_on", select_on), ("eval_split", run.eval_split)):
+        if value == "val" and not has_val:
+            raise ValueError(f"--{name} val: {data.datatype} has no val split; give test")
+    if options.train.tensorboard:
+        open_tensorboard(None)
+    return replace(options, data=replace(data, frame_rule=rule), run=replace(run, precision=precision),
+                   train=replace(options.train, select_on=select_on))  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:
@@ -90,97 +114,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def annotation_files(options: Options) -> AnnotationFiles:
-    data = options.data
-    return AnnotationFiles(
-        data_path=data.data_path, train_csv=data.train_csv, val_csv=data.val_csv,
-        lsmdc_source_gap=data.lsmdc_source_gap,
-        # 30 s were annotated; the source projects pass 31 to their frame readers.
-        didemo_clip_seconds=30 if options.model.compat == "none" else 31,
-    )  # fmt: skip
-
-
-def query_bank(options: Options) -> QueryBank | None:
-    """QB-Norm's queries, when asked for."""
-    if not options.run.qb_norm:
-        return None
-    return load_query_bank(options.data.datatype, annotation_files(options), options.run.qb_size, options.run.seed)
-
-
-def load_data(options: Options, name: str) -> RetrievalSplit:
-    """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
-    data = options.data
-    split = load_split(data.datatype, name, annotation_files(options), data.features_path)
-    if name != "train":
-        check_complete(split, data.allow_missing)
-    elif split.missing_videos:
-        log.warning("training without %d missing videos, such as %s", len(split.missing_videos),
-                    ", ".join(split.missing_videos[:5]))  # fmt: skip
-    module = DATASETS[data.datatype]
-    log.info("%s %s: %d videos, %d captions; frames by the %s rule; files %s", split.dataset, name, len(split.videos),
-             len(split.captions), data.frame_rule, " ".join(module.EXTENSIONS))  # fmt: skip
-    return split
-
-
-def trained_videos(weights: Path, dataset: str, train: RetrievalSplit | None) -> list[str] | None:
-    """Ids of the videos that the model has been or will be trained on; None when nothing tells."""
-    record = read_sidecar(weights) or {}
-    before = record.get("train_videos") if record.get("dataset") == dataset else None
-    if train is None:
-        return before
-    return sorted({video.video_id for video in train.videos} | set(train.missing_videos) | set(before or ()))
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Scores a split with the model as it is at the time of the call."""
-
-    options: Options
-    world: World
-    tokenize: Callable
-    image_size: int
-
-    def source(self, frame_order: int) -> VideoSource:
-        data = self.options.data
-        sampling = FrameSampling(data.frame_rule, data.feature_framerate, data.max_frames, data.slice_framepos)
-        return VideoSource(sampling, self.image_size, data.decoder, frame_order)
-
-    def sharding(self) -> dict[str, Any]:
-        return {"rank": self.world.rank, "world_size": self.world.size}
-
-    def __call__(self, model: VideoTextModel, split: RetrievalSplit, bank: QueryBank | None = None) -> Evaluation:
-        data, run = self.options.data, self.options.run
-        videos = video_loader(
-            split, self.source(data.eval_frame_order), batch_size=run.batch_size_val, seed=run.seed,
-            num_workers=data.num_thread_reader, pin_memory=self.world.device.type == "cuda", **self.sharding(),
-        )  # fmt: skip
-        captions = partial(CaptionBatches, tokenize=self.tokenize, batch_size=4 * run.batch_size_val, **self.sharding())
-        return evaluate(
-            model, split, videos, captions, self.world, run.precision, data.allow_missing,
-            same_dsl_axis=self.options.model.compat == "internvideo", memory_mb=run.similarity_memory_mb,
-            bank_batches=captions(bank) if bank else None,
-        )  # fmt: skip
-
-
-def run(options: Options, world: World) -> None:
+def run(options: Options, world: World, stop: StopRequest) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
     run_options = options.run
     seed_everything(run_options.seed)
-    has_val = "val" in DATASETS[options.data.datatype].SPLITS
-    if run_options.eval_split == "val" and not has_val:
-        raise ValueError(f"--eval_split val: {options.data.datatype} has no val split")
-    scored = load_data(options, run_options.eval_split)
-    train_split = load_data(options, "train") if run_options.do_train else None
-    selected_on = ("val" if has_val else "test") if run_options.do_train else None
-    selection = scored if selected_on in (None, scored.name) else load_data(options, selected_on)
-    resumed = load_last(options.train.resume_model) if options.train.resume_model else None
-    source = weights_path(options.model)
-    trained_on = trained_videos(source, scored.dataset, train_split)
-    overlaps = [
-        check_overlap(split, trained_on, train_split.captions if train_split else None,
-                      "the training split" if train_split else str(source), options.data.allow_overlap)
-        for split in dict.fromkeys((scored, selection)) if trained_on is not None
-    ]  # fmt: skip
+    with main_first():  # a download is for one process
+        source = weights_path(options.model)
+    data = load_run_data(options, source)
+    resume_from = find_last(options.train.resume_model, run_options.output_dir)
+    resumed = load_last(resume_from) if resume_from else None
     model, source = build_model(options.model, options.data.max_words, options.data.max_frames)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
@@ -189,57 +131,47 @@ def run(options: Options, world: World) -> None:
     log.info("%s, %d process(es), %s", world.device, world.size, run_options.precision)
     evaluator = Evaluator(options, world, partial(Tokenizer(), max_words=options.data.max_words),
                           model.clip.sizes.image_resolution)  # fmt: skip
-    if train_split is not None:
-        fine_tune(model, options, world, evaluator, train_split, selection, resumed, trained_on)
+    if data.train is not None:
+        fine_tune(model, options, world, evaluator, data, resumed, resume_from, stop)
         source = run_options.output_dir / SELECTED
         load_weights(model, read_checkpoint(source).tensors, str(source))
+    scored = data.scored
     evaluation = evaluator(model, scored, query_bank(options))
     log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
              len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
     if world.is_main:
-        found = results(evaluation, options.as_dict(), source, selected_on)
-        found["overlap_with_training"] = overlaps[0].as_dict() if overlaps else None
+        found = results(evaluation, options.as_dict(), source, options.train.select_on if data.train else None)
+        found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
         write_json(run_options.output_dir / "results.json", found)
         if run_options.save_similarity:
             write_similarity(run_options.output_dir / "similarity.npz", evaluation)
         log.info("wrote %s", run_options.output_dir / "results.json")
 
 
-def load_weights(model: VideoTextModel, tensors: dict[str, torch.Tensor], source: str) -> None:
-    names = {parameter_name(name): name for name in model.state_dict()}
-    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)
-
-
 def fine_tune(
-    model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, split: RetrievalSplit,
-    selection: RetrievalSplit, resumed: dict[str, Any] | None, trained_on: list[str],
+    model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, data: RunData,
+    resumed: dict[str, Any] | None, resume_from: Path | None, stop: StopRequest,
 ) -> None:  # fmt: skip
-    """Train on `split`, select by `selection`, and leave the selected weights in --output_dir."""
-    data, run_options = options.data, options.run
-    loader = pair_loader(
-        split, evaluator.source(data.train_frame_order), evaluator.tokenize,
-        expand=data.expand_msrvtt_sentences or data.datatype != "msrvtt", batch_size=options.train.batch_size,
-        num_workers=data.num_thread_reader, seed=run_options.seed, pin_memory=world.device.type == "cuda",
-        **evaluator.sharding(),
-    )  # fmt: skip
-    frozen = freeze(model.clip, options.train.freeze_layer_num)
-    log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(split.videos),
+    """Train, select, and leave the selected weights in --output_dir."""
+    training, run_options = options.train, options.run
+    loader = evaluator.training_pairs(data.train)
+    frozen = freeze(model.clip, training.freeze_layer_num)
+    log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(data.train.videos),
              len(loader.dataset), len(loader), len(frozen))  # fmt: skip
-    optimizer = build_optimizer(model, options.train, options.model.compat, len(loader) * options.train.epochs)
-    trainer = Trainer(model, optimizer, world, run_options.precision, options.train.max_grad_norm,
-                      run_options.seed)
-    state = Progress()
-    if resumed:
-        source = str(options.train.resume_model)
-        state = resume(resumed, trainer, options.as_dict(), lambda t: load_weights(model, t, source))
-        log.info("resumed from %s after epoch %d", options.train.resume_model, state.epoch)
+    trade(model, world.device, training.grad_checkpointing, training.compile)
+    optimizer = build_optimizer(model, training, options.model.compat, len(loader) * training.epochs)
+    trainer = Trainer(model, optimizer, world, run_options.precision, training.max_grad_norm,
+                      training.gradient_accumulation_steps, run_options.seed)  # fmt: skip
     sidecar = {
         "activation": model.clip.activation, "sim_header": options.model.sim_header, "compat": options.model.compat,
-        "dataset": split.dataset, "train_videos": trained_on,
-        "selected_on": selection.name,
+        "dataset": data.train.dataset, "train_videos": data.trained_on, "selected_on": training.select_on,
     }  # fmt: skip
-    train(trainer, loader, lambda: evaluator(model, selection), options.train, run_options.output_dir, state,
-          options.as_dict(), sidecar)  # fmt: skip
+    facts = {"training data": data.train.digest(), "activation": model.clip.activation}
+    output = Output(run_options.output_dir, {"options": options.as_dict(), "facts": facts}, sidecar)
+    if world.is_main:
+        remove_leftovers(output.folder)
+    state = resume(resumed, resume_from, trainer, output.record, output.folder) if resumed else Progress()
+    train(trainer, loader, lambda: evaluator(model, data.selection), training, output, state, stop)
 
 
 if __name__ == "__main__":

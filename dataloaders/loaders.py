@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ class GlobalBatchSampler(Sampler):
     """This rank's share of every global batch of shuffled pairs.
 
     The order depends on seed and epoch alone, so W ranks together see the batches that one process would see. The
-    last, incomplete batch is dropped, as in the source projects.
+    last, incomplete batch is dropped, as in the source projects. ``len`` is that of a whole epoch whatever `start` is.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
@@ -26,6 +27,7 @@ class GlobalBatchSampler(Sampler):
             raise ValueError(f"--batch_size {batch_size} exceeds the {size} training items: no whole batch fits")
         self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
         self.epoch = 0
+        self.start = 0  # batches of the epoch to leave out: those done before a resume
 
     def __len__(self) -> int:
         return self.size // self.batch_size
@@ -33,7 +35,7 @@ class GlobalBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
         share = self.batch_size // self.world_size
-        for step in range(len(self)):
+        for step in range(self.start, len(self)):
             start = step * self.batch_size + self.rank * share
             yield [(self.epoch, int(i)) for i in order[start : start + share]]
 
@@ -52,15 +54,19 @@ class ShardedBatches(Sampler):
         return iter(self.batches)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     # Workers run side by side; torch's own threads in each would fight over the cores.
     torch.set_num_threads(1)
+    # Ctrl-C and SLURM's SIGTERM reach every process; the trainer needs its workers until it has saved, and ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _loader(dataset: Dataset, batches: Sampler, collate: Collate, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_one_thread, prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_start_worker, prefetch_factor=2 if num_workers else None,
+        generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
     )  # fmt: skip
 
 
@@ -68,7 +74,7 @@ def pair_loader(
     split: RetrievalSplit, source: VideoSource, tokenize: Tokenize, *, expand: bool, batch_size: int,
     num_workers: int, seed: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False,
 ) -> DataLoader:  # fmt: skip
-    """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` before each epoch."""
+    """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` and ``.start`` before each epoch."""
     dataset = PairDataset(split, source, expand, seed)
     batches = GlobalBatchSampler(len(dataset), batch_size, rank, world_size, seed)
     return _loader(dataset, batches, Collate(tokenize), num_workers, pin_memory)

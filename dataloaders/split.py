@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,14 @@ class RetrievalSplit:
     def captions_per_video(self) -> np.ndarray:
         """int64 [V], the number of captions of each video (all >= 1)."""
         return np.bincount(self.caption_to_video, minlength=len(self.videos))
+
+    def digest(self) -> str:
+        """Tells splits apart: counts, and a hash of ids, captions and which belongs to which; paths do not matter."""
+        whole = hashlib.sha256()
+        for text in (*(f"{c.video_id} {c.start} {c.end}" for c in self.videos), *self.captions):
+            whole.update(text.encode() + b"\0")
+        whole.update(self.caption_to_video.tobytes())
+        return f"{len(self.videos)} videos, {len(self.captions)} captions, {whole.hexdigest()[:12]}"
 
     def drop(self, video_ids: Iterable[str]) -> RetrievalSplit:
         """A split without these videos and their captions, re-indexed, the ids appended to `missing_videos`.

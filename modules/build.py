@@ -184,12 +184,11 @@ def build_model(options: ModelOptions, max_words: int = 0, max_frames: int = 0) 
             raise CheckpointError(f"{path} holds no {CONV3D}: it was trained with --linear_patch 2d")
     source_frames = max_frames if options.clip_evl and options.compat == "internvideo" else None
     model = VideoTextModel(clip, head, scales_evaluation(options), source_frames, options.cdcr_lambda)
-    names = {parameter_name(name): name for name in model.state_dict()}
     new = missing_head_parts(head, tensors)
     if new:
         log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, "*, ".join(new))
     tensors = starting_tensors(head, tensors, options.linear_patch == "3d")
-    load_strict(model, {names.get(key, key): value for key, value in tensors.items()}, str(path))
+    load_weights(model, tensors, str(path))
     log.info("weights: %s: %s; %s (%s)", path, checkpoint.kind, activation, checkpoint.activation_reason)
     log.info("model: %s %d wide x %d layers, patch %d at %d px; text %d wide x %d layers; head %s, interaction %s; "
              "%.1f M parameters", "InternVideo's video tower" if options.clip_evl else "ViT", sizes.vision_width,
@@ -210,3 +209,9 @@ def without_ignored(tensors: dict[str, Tensor], head: Head) -> dict[str, Tensor]
 def checkpoint_tensors(model: VideoTextModel) -> dict[str, Tensor]:
     """The model's tensors under CLIP4Clip's names, on the CPU."""
     return {parameter_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def load_weights(model: VideoTextModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors under CLIP4Clip's names into `model`. Raises CheckpointError naming `source` when they do not fit."""
+    names = {parameter_name(name): name for name in model.state_dict()}
+    load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.checkpoints import ClipSizes
 
@@ -73,7 +74,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of :class:`Block`; x [B, L, W] -> [B, L, W]."""
+    """A stack of :class:`Block`; x [B, L, W] -> [B, L, W].
+
+    With `checkpointing` set, a block keeps only its input for the backward pass and computes the rest again there.
+    """
+
+    checkpointing = False
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, eps: float = 1e-5) -> None:
         super().__init__()
@@ -81,7 +87,10 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         for block in self.resblocks:
-            x = block(x, mask, causal)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, causal, use_reentrant=False)
+            else:
+                x = block(x, mask, causal)
         return x
 
 

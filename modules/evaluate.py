@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.distributed import World, gather_objects, gather_rows
+from modules.distributed import World
+from modules.gather import gather_objects, gather_rows
 from modules.metrics import Metrics, format_metrics, retrieval_metrics
 from modules.model import MEMORY_MB, VideoTextModel
 from modules.progress import log, progress

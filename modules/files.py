@@ -20,7 +20,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OSError(f"cannot write {path}: {error}. Is the disk full or the folder read-only?") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last through a power cut; a no-op where folders cannot be opened (Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed run left in `folder`, lest they fill the disk."""
+    for path in folder.glob(".*.*.tmp"):
+        if path.name.split(".")[-2].isdigit():  # as write_whole names them
+            path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint_names import VIDEO_TOWER_PARTS
 from modules.clip import CLIP
-from modules.distributed import gather_rows
+from modules.gather import gather_rows
 from modules.heads import Head
 from modules.losses import contrastive_loss
 from modules.progress import progress
@@ -102,11 +102,13 @@ class VideoTextModel(nn.Module):
         generator (CPU): for heads whose regularizer draws tokens; it must be in the same state on every rank.
         """
         text = gather_rows(self.encode_text(token_ids, token_mask))
-        video = gather_rows(self.encode_video(frames, frame_mask))
-        device = frames.device.type
+        return self.loss(text, gather_rows(self.encode_video(frames, frame_mask)), generator)
+
+    def loss(self, text: Representation, video: Representation, generator: torch.Generator | None = None) -> Tensor:
+        """Loss, a scalar, of what the two encoders gave for the pairs of all ranks; see :meth:`forward`."""
         if not self.head.pairs_in_float32:
             return contrastive_loss((self.scale() * self.head.similarity(text, video)).float())
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(self.clip.logit_scale.device.type, enabled=False):
             text, video = as_float32(text), as_float32(video)
             loss = contrastive_loss(self.scale() * self.head.similarity(text, video))
             draws = torch.randint(2**31, (2, count(text)), generator=generator)

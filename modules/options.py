@@ -104,9 +104,18 @@ class TrainOptions:
     weight_decay: float = flag(0.2, "decoupled weight decay")
     freeze_layer_num: int = flag(0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower")
     max_grad_norm: float = flag(1.0, "clip the global gradient norm")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per step")
+    gradient_accumulation_steps: int = flag(1, "pieces in which a batch goes through the towers, for less memory; the "
+                                            "loss and its gradient stay those of the whole batch")  # fmt: skip
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = flag(False, "torch.compile the towers: a slow start, then faster steps")
     n_display: int = flag(50, "steps between log lines")
-    resume_model: Path | None = flag(None, "checkpoint_last.pt to continue from", type=Path)
+    save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only")
+    resume_model: Path | None = flag(None, "checkpoint_last.pt to continue from; auto: the one in --output_dir, if any",
+                                     type=Path)  # fmt: skip
+    select_on: str = flag("auto", "split whose text-to-video R@1 chooses the epoch to keep; last: the last epoch; "
+                          "auto: val where the dataset has one, else test",
+                          choices=("auto", "val", "test", "last"))  # fmt: skip
+    tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
 
 
 @dataclass(frozen=True)

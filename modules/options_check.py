@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modules.options import Options
+
+AUTO = Path("auto")  # --resume_model auto
 
 # Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
 _NO_EFFECT = "had no effect in the source projects and does not exist here; leave it out"
@@ -54,6 +57,8 @@ RANGES: dict[str, tuple[str, tuple[Callable[[float], bool], str]]] = {
     "freeze_layer_num": ("train", _at_least(-1)),
     "max_grad_norm": ("train", (lambda v: v > 0, "> 0")),
     "n_display": ("train", _at_least(1)),
+    "gradient_accumulation_steps": ("train", _at_least(1)),
+    "save_steps": ("train", _at_least(0)),
     "batch_size_val": ("run", _at_least(1)),
     "similarity_memory_mb": ("run", _at_least(1)),
     "qb_size": ("run", _at_least(0)),
@@ -96,8 +101,6 @@ def _bad_model(options: Options, given: set[str]) -> str | None:
             return f"--{name} is for InternVideo's tower; add --clip_evl"
     if model.mergeclip and not (model.pretrained_path or model.finetuned_path or model.init_model):
         return "--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path"
-    if options.train.gradient_accumulation_steps != 1:
-        return "--gradient_accumulation_steps other than 1 is not part of this version yet"
     return None
 
 
@@ -119,10 +122,13 @@ def _bad_combination(options: Options, given: set[str]) -> str | None:
         return "--finetuned_path is for evaluation; to train on from a checkpoint give --init_model"
     if train.resume_model and not run.do_train:
         return "--resume_model continues a training run; add --do_train"
-    if train.resume_model and model.init_model:
+    if train.resume_model and train.resume_model != AUTO and model.init_model:
         return "--resume_model already holds the weights; leave --init_model out"
     if run.qb_norm and data.datatype == "msrvtt" and data.train_csv is None:
         return "--qb_norm takes its query bank from the training captions; add --train_csv (MSRVTT_train.9k.csv)"
+    if train.gradient_accumulation_steps > train.batch_size:
+        return (f"--gradient_accumulation_steps {train.gradient_accumulation_steps} exceeds --batch_size "
+                f"{train.batch_size}: a piece holds at least one pair")  # fmt: skip
     if run.fp16 and "precision" in given and run.precision != "fp16":
         return f"--fp16 means --precision fp16, but --precision {run.precision} was given"
     if data.frame_rule == "stride" and data.slice_framepos != 2:

@@ -68,14 +68,6 @@ def write_similarity(path: Path, evaluation: Evaluation) -> None:
     write_whole(path, lambda file: np.savez(file, **arrays))
 
 
-def read_history(path: Path, before_epoch: int) -> list[dict[str, Any]]:
-    """The lines of history.jsonl that belong to epochs before `before_epoch`; none when there is no file."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [line for line in lines if line["epoch"] < before_epoch]
-
-
 def write_history(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(path, lambda file: file.write(text.encode()))

@@ -1,8 +1,7 @@
-"""The training loop: epochs of steps, an evaluation and a checkpoint after each."""
+"""The training loop: epochs of steps, with checkpoints between, an evaluation after each."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,200 +9,159 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from modules.build import checkpoint_tensors
-from modules.checkpoints import CheckpointError, save_checkpoint
-from modules.distributed import World, barrier, gather_objects
-from modules.evaluate import Evaluation, autocast, format_metrics
-from modules.files import write_whole
-from modules.model import VideoTextModel
-from modules.optim import BertAdam, parameter_groups
+from modules.checkpoints import save_checkpoint
+from modules.evaluate import Evaluation, format_metrics
+from modules.gather import barrier, gather_objects
+from modules.interrupt import StopRequest
 from modules.options import TrainOptions
-from modules.progress import log, progress
-from modules.results import read_history, write_history
+from modules.progress import log
+from modules.results import write_history, write_json
+from modules.resume import SELECTED, Progress, save_last
+from modules.trainer import NonFiniteError, Trainer, TrainingError
+from modules.watch import EpochWatch, Scalars, peak_memory_mb
 
-LAST, SELECTED, HISTORY = "checkpoint_last.pt", "pytorch_model.bin", "history.jsonl"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and with which clips."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands: the next epoch and the best score so far."""
-
-    epoch: int = 0
-    best_score: float = -math.inf
-    best_epoch: int = -1
+HISTORY, BAD_BATCH = "history.jsonl", "nonfinite_batch.json"
 
 
-def build_optimizer(model: VideoTextModel, options: TrainOptions, compat: str, total_steps: int) -> BertAdam:
-    """BertAdam with the settings of CLIP4Clip over the four parameter groups."""
-    groups = parameter_groups(model, options.lr, options.coef_lr, options.weight_decay, compat)
-    return BertAdam(
-        groups, lr=options.lr, warmup=options.warmup_proportion, schedule="warmup_cosine", t_total=total_steps,
-        betas=(0.9, 0.98), eps=1e-6, weight_decay=options.weight_decay, max_grad_norm=1.0,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it stores with its checkpoints.
+
+    record: ``options`` and ``facts`` for a resume (see resume.py); sidecar: goes beside the selected weights.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    sidecar: dict[str, Any]
 
 
-@dataclass
-class Trainer:
-    """A model in training and all that one step needs."""
+def train_epoch(
+    trainer: Trainer, loader: DataLoader, state: Progress, options: TrainOptions, output: Output, stop: StopRequest,
+    scalars: Scalars,
+) -> dict[str, Any]:  # fmt: skip
+    """The batches of epoch `state.epoch` from `state.step` on; returns its line for history.jsonl.
 
-    model: VideoTextModel
-    optimizer: BertAdam
-    world: World
-    precision: str
-    max_grad_norm: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "fp16")
-        device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        self.wrapped: nn.Module = self.model
-        if self.world.size > 1:
-            self.wrapped = DistributedDataParallel(self.model, device_ids=device_ids)
-
-    def rates(self) -> list[float]:
-        """Learning rates of the next step, one per parameter group that has parameters."""
-        groups = self.optimizer.param_groups
-        return [rate for rate, group in zip(self.optimizer.current_lrs(), groups) if group["params"]]
-
-    def step(self, batch: Any) -> tuple[float, float]:
-        """One optimiser step on a batch of pairs: (loss, gradient norm before clipping).
-
-        Order as in CLIP4Clip: backward, clip the global norm, update, clamp the logit scale.
-        """
-        device = self.world.device
-        # From the number of the step: the same on every rank, and the same again after a resume.
-        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.optimizer.steps_taken())
-        tensors = (batch.token_ids, batch.token_mask, batch.frames, batch.frame_mask)
-        with autocast(device, self.precision):
-            loss = self.wrapped(*(x.to(device, non_blocking=True) for x in tensors), generator=draws)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(f"loss is {value}; the clips of this batch: {', '.join(batch.video_ids)}")
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).item()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.clamp_logit_scale()
-        return value, norm
-
-
-def train_epoch(trainer: Trainer, loader: DataLoader, epoch: int, n_display: int) -> dict[str, Any]:
-    """All batches of one epoch; returns its line for history.jsonl. Unreadable clips are dropped and counted."""
+    Unreadable clips are dropped and counted. A checkpoint is written every --save_steps steps, after the last one, and
+    when asked to stop; then Interrupted is raised. Raises TrainingError for a loss that is not finite, with the clips'
+    ids in nonfinite_batch.json, and when no clip could be read.
+    """
     trainer.model.train()
-    loader.batch_sampler.epoch = epoch
-    began, losses, dropped = time.perf_counter(), [], set()
-    is_main = trainer.world.is_main
-    for step, batch in enumerate(progress(loader, f"epoch {epoch + 1}", enabled=is_main), start=1):
-        for failure in batch.failures:
-            log.warning("dropped from training: %s", failure.message)
-            dropped.add(failure.video_id)
-        if min(gather_objects(len(batch.index))) == 0:
-            continue  # a rank without a single readable clip: all ranks leave this batch out together
-        loss, norm = trainer.step(batch)
-        losses.append(loss)
-        if step % n_display == 0 or step == len(loader):
-            rates = ", ".join(f"{lr:.2e}" for lr in dict.fromkeys(trainer.rates()))
-            log.info("epoch %d step %d/%d  loss %.4f  gradient norm %.2f  lr %s",
-                     epoch + 1, step, len(loader), loss, norm, rates)  # fmt: skip
-    if not losses:
-        raise TrainingError(f"epoch {epoch + 1}: not one training clip could be read")
-    everywhere = set().union(*gather_objects(dropped))
+    loader.batch_sampler.epoch, loader.batch_sampler.start = state.epoch, state.step
+    steps, is_main = len(loader), trainer.world.is_main
+    later = (options.epochs - state.epoch - 1) * steps
+    watch = EpochWatch(state.epoch, steps, state.step, later, options.batch_size, options.n_display, is_main)
+    before, began = state.seconds, time.perf_counter()
+
+    def save() -> None:
+        state.seconds = before + time.perf_counter() - began
+        state.dropped = sorted(set().union(*gather_objects(state.dropped)))
+        save_last(output.folder, trainer, state, output.record)
+
+    with stop.deferred():
+        for batch in watch.batches(loader) if state.step < steps else ():
+            _note_failures(batch, state)
+            rows, signals = zip(*gather_objects((len(batch.index), stop.received)))
+            if any(signals):
+                stop.received = max(signals)  # ranks that got no signal stop with those that did
+                save()
+                log.info("%s is at epoch %d, step %d of %d", output.folder, state.epoch + 1, state.step, steps)
+                barrier()  # a rank that left would have the others end while rank 0 still writes
+                break
+            state.step += 1
+            if min(rows) > 0:  # otherwise a rank has no readable clip: all ranks leave this batch out together
+                rates = trainer.rates()
+                loss, norm = _step(trainer, batch, state, output.folder)
+                state.losses.append(loss)
+                watch.stepped(loss, norm, rates)
+                scalars.add({"train/loss": loss, "train/gradient_norm": norm, "train/lr": max(rates),
+                             "train/clips_per_second": watch.clips_per_second, "train/data_wait": watch.data_wait},
+                            state.epoch * steps + state.step)  # fmt: skip
+            if state.step == steps or (options.save_steps and (state.epoch * steps + state.step) % options.save_steps
+                                       == 0):  # fmt: skip
+                save()
+    if not state.losses:
+        raise TrainingError(f"epoch {state.epoch + 1}: not one training clip could be read")
     return {
-        "epoch": epoch, "loss": sum(losses) / len(losses), "last_loss": losses[-1], "steps": len(losses),
-        "lr": trainer.rates(), "logit_scale": trainer.model.clip.logit_scale.exp().item(),
-        "dropped_videos": sorted(everywhere), "seconds": round(time.perf_counter() - began, 2),
+        "epoch": state.epoch, "loss": sum(state.losses) / len(state.losses), "last_loss": state.losses[-1],
+        "steps": len(state.losses), "lr": trainer.rates(), "logit_scale": trainer.model.clip.logit_scale.exp().item(),
+        "dropped_videos": state.dropped, "seconds": round(state.seconds, 2),
+        "clips_per_second": round(watch.clips_per_second, 2), "data_wait": round(watch.data_wait, 4),
+        "peak_memory_mb": round(max(gather_objects(peak_memory_mb(trainer.world.device)))),
     }  # fmt: skip
 
 
-def save_last(folder: Path, trainer: Trainer, state: Progress, options: dict[str, Any]) -> None:
-    """checkpoint_last.pt: what --resume_model needs to go on after this epoch."""
-    content = {
-        "model": checkpoint_tensors(trainer.model), "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(), "progress": vars(state), "options": options,
-    }  # fmt: skip
-    write_whole(folder / LAST, lambda file: torch.save(content, file))
+def _note_failures(batch: Any, state: Progress) -> None:
+    for failure in batch.failures:
+        log.warning("dropped from training: %s", failure.message)
+        if failure.video_id not in state.dropped:
+            state.dropped.append(failure.video_id)
 
 
-def load_last(path: Path) -> dict[str, Any]:
-    """Read a checkpoint_last.pt. Raises CheckpointError for anything else."""
-    if not path.is_file():
-        raise CheckpointError(f"--resume_model {path}: no such file; it takes the checkpoint_last.pt of a run")
+def _step(trainer: Trainer, batch: Any, state: Progress, folder: Path) -> tuple[float, float]:
+    """Trainer.step; when the numbers are not finite, leave the batch's ids in a file before giving up."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"--resume_model {path} cannot be read ({error}); give a checkpoint_last.pt") from error
-    if not isinstance(content, dict) or not {"model", "optimizer", "progress", "options"} <= content.keys():
-        raise CheckpointError(f"--resume_model {path} is not a checkpoint_last.pt; for plain weights give --init_model")
-    return content
-
-
-# Options that decide what is learned: a resumed run must have them as the interrupted one had.
-_BINDING = ("datatype", "sim_header", "cross_num_hidden_layers", "linear_patch", "interaction", "wti_arch", "cdcr",
-            "cdcr_alpha1", "cdcr_alpha2", "cdcr_lambda", "clip_evl", "compat", "epochs", "batch_size", "lr", "coef_lr",
-            "warmup_proportion", "weight_decay", "freeze_layer_num", "max_grad_norm", "max_frames", "max_words",
-            "feature_framerate", "frame_rule", "slice_framepos", "train_frame_order", "expand_msrvtt_sentences",
-            "seed", "decoder", "precision")  # fmt: skip
-
-
-def resume(
-    content: dict[str, Any], trainer: Trainer, options: dict[str, Any], load: Callable[[dict], None]
-) -> Progress:
-    """Put a run back where `content` left it. Raises CheckpointError when options that matter differ."""
-    before = content["options"]
-    changed = [f"--{k} {before.get(k)} -> {options[k]}" for k in _BINDING if before.get(k) != options[k]]
-    if changed:
-        raise CheckpointError(f"--resume_model: the run was made with other options: {'; '.join(changed)}")
-    load(content["model"])
-    trainer.optimizer.load_state_dict(content["optimizer"])
-    trainer.scaler.load_state_dict(content["scaler"])
-    return Progress(**content["progress"])
+        return trainer.step(batch)
+    except NonFiniteError as error:
+        path = folder / BAD_BATCH
+        if trainer.world.is_main:
+            write_json(path, {"epoch": state.epoch, "step": state.step, "what": error.what,
+                              "video_ids": error.video_ids})  # fmt: skip
+        barrier()
+        raise TrainingError(
+            f"epoch {state.epoch + 1} step {state.step}: {error.what}. The weights were not updated and "
+            f"checkpoint_last.pt is the one before; the {len(error.video_ids)} clips of the batch are in {path}. Look "
+            "at them, lower --lr, or use --precision fp32"
+        ) from error
 
 
 def train(
-    trainer: Trainer,
-    loader: DataLoader,
-    evaluate_epoch: Callable[[], Evaluation],
-    options: TrainOptions,
-    folder: Path,
-    state: Progress,
-    record: dict[str, Any],
-    sidecar: dict[str, Any],
-) -> Progress:
-    """Train from `state` to the last epoch; the epoch with the best text-to-video R@1 is kept as pytorch_model.bin.
+    trainer: Trainer, loader: DataLoader, evaluate_epoch: Callable[[], Evaluation], options: TrainOptions,
+    output: Output, state: Progress, stop: StopRequest,
+) -> Progress:  # fmt: skip
+    """Train from `state` to the last epoch, keeping the best epoch (--select_on last: the last) as pytorch_model.bin.
 
-    `record` are the options to store for a resume; `sidecar` goes beside the weights.
+    Best is the highest text-to-video R@1, of equals the later one.
     """
     is_main = trainer.world.is_main
-    history = read_history(folder / HISTORY, state.epoch)
+    first = state.epoch * len(loader) + state.step
+    scalars = Scalars(output.folder / "tensorboard" if options.tensorboard and is_main else None, first + 1)
     for epoch in range(state.epoch, options.epochs):
-        # Dropout draws from torch's global generator. Seeded per epoch and rank, a resumed run draws as a whole one.
-        torch.manual_seed(trainer.seed * 1_000_003 + epoch * trainer.world.size + trainer.world.rank)
-        line = train_epoch(trainer, loader, epoch, options.n_display)
+        if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
+            torch.manual_seed(trainer.seed * 1_000_003 + epoch * trainer.world.size + trainer.world.rank)
+        line = train_epoch(trainer, loader, state, options, output, stop, scalars)
         evaluation = evaluate_epoch()
         score = evaluation.metrics["raw"]["t2v"]["R@1"]
-        log.info("epoch %d/%d: loss %.4f, %.0f s, evaluation %.0f s\n%s", epoch + 1, options.epochs, line["loss"],
-                 line["seconds"], evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
-        state.epoch = epoch + 1
-        better = score >= state.best_score
-        if better:
-            state.best_score, state.best_epoch = score, epoch
-        if is_main:
-            if better:
-                made = sidecar | {"epoch": epoch, "score": score}
-                save_checkpoint(folder / SELECTED, checkpoint_tensors(trainer.model), made)
-            history.append(line | {"evaluated_on": evaluation.split.name, "metrics": evaluation.metrics})
-            write_history(folder / HISTORY, history)
-            save_last(folder, trainer, state, record)
-        barrier()
-    log.info("best epoch %d: text-to-video R@1 %.1f", state.best_epoch + 1, state.best_score)
+        log.info("epoch %d/%d: loss %.4f, %.0f s, %.1f clips/s, peak memory %d MiB; evaluation %.0f s\n%s", epoch + 1,
+                 options.epochs, line["loss"], line["seconds"], line["clips_per_second"], line["peak_memory_mb"],
+                 evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
+        scalars.add({f"{evaluation.split.name}/{direction}_{name}": value
+                     for direction, values in evaluation.metrics["raw"].items() for name, value in values.items()},
+                    (epoch + 1) * len(loader))  # fmt: skip
+        with stop.deferred():
+            _close_epoch(trainer, line, evaluation, score, options.select_on, output, state)
+    scalars.close()
+    log.info("selected epoch %d: text-to-video R@1 %.1f", state.best_epoch + 1, state.best_score)
     return state
+
+
+def _close_epoch(
+    trainer: Trainer, line: dict[str, Any], evaluation: Evaluation, score: float, select_on: str, output: Output,
+    state: Progress,
+) -> None:  # fmt: skip
+    """Weights if selected, then history, then the checkpoint that says the epoch is over: a kill between them makes
+    the resumed run evaluate once more and write the same again."""
+    selected = score >= state.best_score or select_on == "last"
+    if selected:
+        state.best_score, state.best_epoch = score, state.epoch
+    state.history.append(line | {"evaluated_on": evaluation.split.name, "metrics": evaluation.metrics})
+    if trainer.world.is_main:
+        if selected:
+            made = output.sidecar | {"epoch": state.epoch, "score": score}
+            save_checkpoint(output.folder / SELECTED, checkpoint_tensors(trainer.model), made)
+        write_history(output.folder / HISTORY, state.history)
+    state.next_epoch()
+    save_last(output.folder, trainer, state, output.record)
+    barrier()

@@ -9,7 +9,7 @@ from golden_vectors import fixtures, inputs, load, weights
 from tiny_models import batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modules.distributed import gather_rows
+from modules.gather import gather_rows
 from modules.optim import parameter_name
 
 VECTORS = fixtures("A11_two_ranks_*")

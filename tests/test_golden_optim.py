@@ -9,13 +9,14 @@ from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
 from test_golden_model import build_sizes
 
+from modules import optim
 from modules.clip import CLIP
 from modules.distributed import World
 from modules.heads import HEADS
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, freeze, parameter_groups, parameter_name
-from modules.train import Trainer
+from modules.trainer import Trainer
 
 
 @pytest.mark.parametrize("stem", fixtures("E1*"))
@@ -43,6 +44,29 @@ def test_bertadam(stem):
             optimizer.step()
             trace.append(torch.cat([params[n].detach().flatten() for n in config["flat_order"]]))
         assert vector.check({run: torch.stack(trace)})
+
+
+def test_all_tensors_at_once_are_one_by_one(monkeypatch):
+    """Against the formula written out for one tensor; in portions, and with a tensor that gets no gradient at first."""
+    monkeypatch.setattr(optim, "PORTION", 30)
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 5), (7,), (3, 3), (40,), ()]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    want = [p.detach().clone() for p in params]
+    state = [[torch.zeros(s), torch.zeros(s), 0] for s in shapes]
+    optimizer = BertAdam(params, lr=0.1, warmup=0.25, t_total=8, schedule="warmup_cosine", weight_decay=0.3)
+    for step in range(6):
+        for i, p in enumerate(params):
+            p.grad = 3 * torch.randn(shapes[i], generator=generator) if i != 2 or step > 1 else None
+            if p.grad is not None:
+                m, v, done = state[i]
+                grad = p.grad * (1 / (p.grad.norm() + 1e-6)).clamp(max=1)
+                state[i] = [0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2, done + 1]
+                update = state[i][0] / (state[i][1].sqrt() + 1e-6) + 0.3 * want[i]
+                want[i] -= BertAdam.scheduled_lr(optimizer.param_groups[0], done) * update
+        optimizer.step()
+    for p, w in zip(params, want):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-7)
 
 
 def model_of(config: dict, sim_header: str, patch: str = "2d") -> VideoTextModel:

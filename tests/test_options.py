@@ -63,6 +63,11 @@ def test_booleans_mean_what_they_say(text, value):
     (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
     (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
     (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
+    (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1, got 0"),
+    (["--gradient_accumulation_steps", "9", "--batch_size", "8"],
+     "--gradient_accumulation_steps 9 exceeds --batch_size 8"),
+    (["--save_steps", "-1"], "--save_steps must be >= 0, got -1"),
+    (["--do_train", "--train_csv", "t", "--resume_model", "a", "--init_model", "b"], "leave --init_model out"),
     (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
     (["--do_train", "--train_csv", "t", "--finetuned_path", "b"], "--finetuned_path is for evaluation"),
     (["--fp16", "--precision", "bf16"], "--fp16 means --precision fp16, but --precision bf16 was given"),
@@ -83,6 +88,12 @@ def test_what_is_missing_is_named(capsys, argv, message):
 
 def test_fp16_is_an_alias():
     assert parse_options([*BASE, "--fp16"]).run.precision == "fp16"
+
+
+def test_auto_resume_goes_with_the_start_weights():
+    """The same command starts a run and continues it."""
+    more = ["--do_train", "--train_csv", "t", "--resume_model", "auto", "--init_model", "b"]
+    assert str(parse_options([*BASE, *more]).train.resume_model) == "auto"
 
 
 def test_every_flag_has_a_help_text():

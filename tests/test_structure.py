@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("modules", "dataloaders", "preprocess", "tools", "benchmarks", "tests")
 FORBIDDEN = {
-    "modules": {"dataloaders", "preprocess", "tools", "benchmarks", "tests", "main_task_retrieval"},
-    "dataloaders": {"modules", "preprocess", "tools", "benchmarks", "tests", "main_task_retrieval"},
-    "preprocess": {"tools", "benchmarks", "tests", "main_task_retrieval"},
+    "modules": {"dataloaders", "preprocess", "tools", "benchmarks", "tests", "main_task_retrieval", "run_data"},
+    "dataloaders": {"modules", "preprocess", "tools", "benchmarks", "tests", "main_task_retrieval", "run_data"},
+    "preprocess": {"tools", "benchmarks", "tests", "main_task_retrieval", "run_data"},
     "main_task_retrieval.py": {"preprocess", "tools", "benchmarks", "tests"},
+    "run_data.py": {"preprocess", "tools", "benchmarks", "tests", "main_task_retrieval"},
     "benchmarks": {"tools", "tests"},
 }
 LONGEST_FILE, LONGEST_TEST_FILE, LONGEST_FUNCTION = 250, 520, 60

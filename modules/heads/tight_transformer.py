@@ -64,7 +64,7 @@ class TightTransformer(Head):
 
     def __init__(self, sizes: ClipSizes, options: HeadOptions) -> None:
         super().__init__(sizes, options)
-        self.heads = options.cross_heads or sizes.embed_dim // HEAD_WIDTH
+        self.heads = options.cross_heads or max(1, sizes.embed_dim // HEAD_WIDTH)
         self.cross = CrossEncoder(sizes.context_length, sizes.embed_dim, options.num_layers, self.heads)
         self.similarity_dense = nn.Linear(sizes.embed_dim, 1)
         for layer in (self.cross.pooler.dense, self.similarity_dense):

@@ -1,0 +1,201 @@
+"""Every launcher gives the one-process result; a rank that fails, or a signal, ends all ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import processes_of
+
+from main_task_retrieval import main
+from modules.distributed import Place, choose_device, first_host, read_place
+from modules.resume import load_last
+
+ROOT = Path(__file__).parent.parent
+MAIN = "main_task_retrieval.py"
+TRAIN = ["--do_train", "--epochs", "1", "--batch_size", "12", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num",
+         "-1", "--select_on", "last"]  # fmt: skip
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(("nodes", "host"), [
+    ("gpu7", "gpu7"), ("gpu[003-005,9],login1", "gpu003"), ("a,b", "a"), ("rack[1-2]n[04,07].site", "rack1n04.site"),
+    ("n[12]", "n12"), ("host-a-[1-3]", "host-a-1"), ("10.0.0.1,10.0.0.2", "10.0.0.1"),
+])  # fmt: skip
+def test_the_first_host_of_a_slurm_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_what_is_not_a_list_of_hosts_is_refused():
+    with pytest.raises(ValueError, match="SLURM_JOB_NODELIST '' is not a list of hosts; set MASTER_ADDR"):
+        first_host("")
+
+
+def test_places():
+    assert read_place({}) == Place()
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    assert read_place(torchrun) == Place(3, 4, 1)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[03-04]",
+             "SLURM_JOB_ID": "1234567"}  # fmt: skip
+    assert read_place(slurm) == Place(5, 8, 1, {"MASTER_ADDR": "gpu03", "MASTER_PORT": "19567"}, True)
+    assert read_place(slurm | torchrun) == Place(3, 4, 1)  # torchrun started by srun
+    assert "MASTER_ADDR" not in read_place(slurm | {"MASTER_ADDR": "other"}).meeting_point
+    assert read_place(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) == Place()  # srun -n 1 within a larger job
+    step = read_place(slurm | {"SLURM_STEP_NODELIST": "gpu04", "SLURM_STEP_ID": "2"})
+    assert step.meeting_point == {"MASTER_ADDR": "gpu04", "MASTER_PORT": str(15000 + (1234567 + 2 * 7919) % 15000)}
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert choose_device("auto", Place(1, 2, 1, {}, one_device_each=True)) == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="--device auto: local rank 1 but 1 CUDA devices; start at most 1 processes"):
+        choose_device("auto", Place(1, 2, 1))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES and not k.startswith("SLURM")}
+    return clean | {"OMP_NUM_THREADS": "1"} | more
+
+
+def start(command: list[str], **more: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(**more), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+
+def torchrun(flags: list[str]) -> list[subprocess.Popen]:
+    return [start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", MAIN, *flags])]
+
+
+def two_nodes(flags: list[str]) -> list[subprocess.Popen]:
+    port = free_port()
+    return [start(["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1",
+                   f"--master_port={port}", "--nproc_per_node=1", MAIN, *flags]) for node in range(2)]  # fmt: skip
+
+
+def launch(*more: str):
+    def ranks(flags: list[str]) -> list[subprocess.Popen]:
+        return [start(["-m", "torch.distributed.launch", f"--master_port={free_port()}", "--nproc_per_node=2", *more,
+                       MAIN, *flags])]  # fmt: skip
+
+    return ranks
+
+
+def local_rank_by_hand(flags: list[str]) -> list[subprocess.Popen]:
+    """As old launchers did it: --local_rank on the command line beside the environment."""
+    more = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start([MAIN, f"--local_rank={r}", *flags], RANK=str(r), LOCAL_RANK=str(r), **more) for r in range(2)]
+
+
+def srun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
+    """Three tasks with what srun sets; the port follows from the job's id, which here follows from a free port."""
+    job = str(int(free_port()) % 15000)
+    return [start([*script, *flags], SLURM_PROCID=str(task), SLURM_NTASKS="3", SLURM_LOCALID=str(task),
+                  SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID=job) for task in range(3)]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, str]]:
+    """Exit status and standard error of each; all are ended, whatever happens."""
+    try:
+        return [(p.returncode, text) for p in processes for text in [p.communicate(timeout=seconds)[1]]]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+
+def flags_to(flags: list[str], folder: Path) -> list[str]:
+    flags = list(flags)
+    flags[flags.index("--output_dir") + 1] = str(folder)
+    return [*TRAIN, *flags]
+
+
+@pytest.fixture(scope="module")
+def flags(sample) -> list[str]:
+    data = sample / "msrvtt"
+    return [
+        "--datatype", "msrvtt", "--train_csv", f"{data}/MSRVTT_train.9k.csv", "--val_csv",
+        f"{data}/MSRVTT_JSFUSION_test.csv", "--data_path", f"{data}/MSRVTT_data.json", "--features_path",
+        f"{data}/videos/all", "--output_dir", "out", "--max_frames", "3", "--num_thread_reader", "0",
+        "--pretrained_clip_name", f"{sample}/clip/tiny_clip.pt", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    assert main(flags_to(flags, out)) == 0
+    return out
+
+
+@pytest.mark.parametrize("launcher", [torchrun, two_nodes, launch(), launch("--use_env"), local_rank_by_hand, srun],
+                         ids=["torchrun", "two_nodes", "launch", "launch_use_env", "local_rank", "srun"])  # fmt: skip
+def test_launchers(flags, alone, tmp_path, launcher):
+    """Four steps on 2 (srun: 3) gloo ranks: loss and weights of one process, within float32 rounding."""
+    for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"))):
+        assert status == 0, errors
+    ours, theirs = (json.loads((folder / "history.jsonl").read_text()) for folder in (tmp_path / "out", alone))
+    assert ours["steps"] == theirs["steps"] == 4
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    ranks = 3 if launcher is srun else 2
+    assert len(load_last(tmp_path / "out" / "checkpoint_last.pt")["random"]) == ranks
+    ours, theirs = (torch.load(folder / "pytorch_model.bin") for folder in (tmp_path / "out", alone))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("how", "rank"), [("raise", 0), ("raise", 1), ("kill", 1), ("freeze", 2)])
+def test_one_failing_rank_ends_all(flags, tmp_path, how, rank):
+    """Without a launcher that would end the others, within a minute, and the blame goes to the right rank."""
+    script = (str(ROOT / "tests" / "failing_rank.py"), how, str(rank))
+    processes = srun(flags_to(flags, tmp_path / "out"), script)
+    if how == "freeze":  # itself it ends only when killed, after the others
+        found = finish([p for r, p in enumerate(processes) if r != rank], 90)
+        processes[rank].kill()
+        finish([processes[rank]])
+    else:
+        found = finish(processes, 90)  # 30 s of it for the imports
+    assert all(status != 0 for status, _ in found), found
+    if how == "raise":
+        assert "ValueError: planned failure" in found[rank][1]
+        assert "in step" in found[rank][1]  # its traceback
+        for r in {0, 1, 2} - {rank}:
+            told = f"rank {r} of 3 ends: rank {rank} of 3 failed: ValueError: planned failure"
+            assert told in found[r][1], found[r][1]
+            assert "Traceback" not in found[r][1]
+    if how == "freeze":
+        assert all("rank 2 has given no sign of life for 5 s" in errors for _, errors in found), found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_and_leaves_no_process(flags, tmp_path, number):
+    command = flags_to(flags, tmp_path / "out")
+    command[command.index("--epochs") + 1] = "500"
+    [process] = torchrun(command)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "history.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    [(status, _)] = finish([process], 60)
+    assert status != 0
+    assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1
+    while processes_of(process.pid):
+        assert time.monotonic() < deadline, processes_of(process.pid)
+        time.sleep(0.1)
