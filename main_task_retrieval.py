@@ -17,7 +17,7 @@ from dataloaders.registry import DATASETS
 from dataloaders.video import VideoReadError
 from modules import distributed
 from modules.build import build_model, load_weights, weights_path
-from modules.checkpoints import CheckpointError, read_checkpoint
+from modules.checkpoints import CheckpointError, read_checkpoint, read_sidecar
 from modules.distributed import World
 from modules.download import DownloadError
 from modules.evaluate import format_metrics
@@ -118,12 +118,14 @@ def run(options: Options, world: World, stop: StopRequest) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
     run_options = options.run
     seed_everything(run_options.seed)
-    with main_first():  # a download is for one process
-        source = weights_path(options.model)
-    data = load_run_data(options, source)
     resume_from = find_last(options.train.resume_model, run_options.output_dir)
     resumed = load_last(resume_from) if resume_from else None
-    model, source = build_model(options.model, options.data.max_words, options.data.max_frames)
+    with main_first():  # a download is for one process
+        source = weights_path(options.model)
+    data = load_run_data(options, source, resumed)
+    made = read_sidecar(source) or {}
+    warn_of_other_settings(made.get("settings", {}), options)
+    model, source = build_model(options.model, options.data.max_words, options.data.max_frames, run_options.do_train)
     if options.data.max_words > model.clip.sizes.context_length:
         raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
                          f"got {options.data.max_words}")  # fmt: skip
@@ -140,12 +142,29 @@ def run(options: Options, world: World, stop: StopRequest) -> None:
     log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
              len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
     if world.is_main:
-        found = results(evaluation, options.as_dict(), source, options.train.select_on if data.train else None)
-        found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
+        selected_on = options.train.select_on if data.train else made.get("selected_on")
+        found = results(evaluation, options.as_dict(), source, selected_on)
+        found |= {"activation": model.clip.activation,
+                  "overlap_with_training": data.overlap.as_dict() if data.overlap else None}  # fmt: skip
+        similarity = run_options.output_dir / "similarity.npz"
+        similarity.unlink(missing_ok=True)  # one of an earlier run would belong to other results
         write_json(run_options.output_dir / "results.json", found)
         if run_options.save_similarity:
-            write_similarity(run_options.output_dir / "similarity.npz", evaluation)
+            write_similarity(similarity, evaluation)
         log.info("wrote %s", run_options.output_dir / "results.json")
+
+
+# What changes the numbers of a checkpoint when evaluation differs from training.
+SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words", "slice_framepos")
+
+
+def warn_of_other_settings(trained: dict[str, Any], options: Options) -> None:
+    """Say where a checkpoint of ours is evaluated with other settings than it was trained with."""
+    now = options.as_dict()
+    differing = [f"--{name} {trained[name]} -> {now[name]}" for name in SETTINGS if name in trained
+                 and trained[name] != now[name]]  # fmt: skip
+    if differing and not options.run.do_train:
+        log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
 
 
 def fine_tune(
@@ -163,11 +182,12 @@ def fine_tune(
     trainer = Trainer(model, optimizer, world, run_options.precision, training.max_grad_norm,
                       training.gradient_accumulation_steps, run_options.seed)  # fmt: skip
     sidecar = {
-        "activation": model.clip.activation, "sim_header": options.model.sim_header, "compat": options.model.compat,
-        "dataset": data.train.dataset, "train_videos": data.trained_on, "selected_on": training.select_on,
+        "activation": model.clip.activation, "sim_header": options.model.sim_header, "selected_on": training.select_on,
+        "trained_on": data.trained_on, "settings": {name: options.as_dict()[name] for name in SETTINGS},
     }  # fmt: skip
     facts = {"training data": data.train.digest(), "activation": model.clip.activation}
-    output = Output(run_options.output_dir, {"options": options.as_dict(), "facts": facts}, sidecar)
+    record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
+    output = Output(run_options.output_dir, record, sidecar)
     if world.is_main:
         remove_leftovers(output.folder)
     state = resume(resumed, resume_from, trainer, output.record, output.folder) if resumed else Progress()

@@ -15,9 +15,9 @@ from dataloaders.frames import FrameSampling
 from dataloaders.integrity import Overlap, check_complete, check_overlap
 from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
 from dataloaders.query_bank import QueryBank, load_query_bank
-from dataloaders.registry import DATASETS, AnnotationFiles, load_split
+from dataloaders.registry import DATASETS, AnnotationFiles, load_split, short_id
 from dataloaders.split import RetrievalSplit
-from modules.checkpoints import read_sidecar
+from modules.checkpoints import CheckpointError, read_sidecar
 from modules.distributed import World
 from modules.evaluate import Evaluation, evaluate
 from modules.model import VideoTextModel
@@ -45,6 +45,8 @@ def query_bank(options: Options) -> QueryBank | None:
 def load_data(options: Options, name: str) -> RetrievalSplit:
     """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
     data = options.data
+    if not data.data_path.exists():
+        raise ValueError(f"--data_path {data.data_path}: no such file or folder")
     split = load_split(data.datatype, name, annotation_files(options), data.features_path)
     if name != "train":
         check_complete(split, data.allow_missing)
@@ -63,14 +65,15 @@ class RunData:
     scored: RetrievalSplit
     train: RetrievalSplit | None
     selection: RetrievalSplit
-    trained_on: list[str] | None  # ids of all videos that the model has been or will be trained on, if known
-    overlap: Overlap | None  # of `scored` with those
+    trained_on: dict[str, list[str]]  # dataset -> ids of all videos that the model has been or will be trained on
+    overlap: Overlap | None  # of `scored` with those; None when nothing tells what the model was trained on
 
 
-def load_run_data(options: Options, weights: Path) -> RunData:
+def load_run_data(options: Options, weights: Path, resumed: dict[str, Any] | None) -> RunData:
     """Load and check all splits before any model is built. Raises for what cannot be measured honestly.
 
     weights: the file the model starts from; what it was trained on stands beside it if this project wrote it.
+    resumed: the checkpoint_last.pt to go on from, which holds the same.
     """
     scored = load_data(options, options.run.eval_split)
     train = selection = None
@@ -78,22 +81,30 @@ def load_run_data(options: Options, weights: Path) -> RunData:
         train = load_data(options, "train")
         watched = scored.name if options.train.select_on == "last" else options.train.select_on
         selection = scored if watched == scored.name else load_data(options, watched)
-    trained_on = trained_videos(weights, scored.dataset, train)
+    trained_on = trained_videos((resumed or read_sidecar(weights) or {}).get("trained_on"), weights, train)
     captions, source = (train.captions, "the training split") if train else (None, str(weights))
     overlaps = [
-        check_overlap(split, trained_on, captions, source, options.data.allow_overlap)
-        for split in dict.fromkeys((scored, selection or scored)) if trained_on is not None
+        check_overlap(split, trained_on[scored.dataset], captions, source, options.data.allow_overlap, train,
+                      partial(short_id, scored.dataset))
+        for split in dict.fromkeys((scored, selection or scored)) if scored.dataset in trained_on
     ]  # fmt: skip
     return RunData(scored, train, selection or scored, trained_on, overlaps[0] if overlaps else None)
 
 
-def trained_videos(weights: Path, dataset: str, train: RetrievalSplit | None) -> list[str] | None:
-    """Ids of the videos that the model has been or will be trained on; None when nothing tells."""
-    record = read_sidecar(weights) or {}
-    before = record.get("train_videos") if record.get("dataset") == dataset else None
-    if train is None:
-        return before
-    return sorted({video.video_id for video in train.videos} | set(train.missing_videos) | set(before or ()))
+def trained_videos(before: Any, weights: Path, train: RetrievalSplit | None) -> dict[str, list[str]]:
+    """Dataset -> ids of training videos: those recorded (`before`, unchecked) and those of `train`.
+
+    An id stands in its shortest spelling, so that `v_abc` and `abc` of ActivityNet are one video. Raises
+    CheckpointError for a record of another form.
+    """
+    known = before if before is not None else {}
+    if not isinstance(known, dict) or not all(isinstance(ids, list) for ids in known.values()):
+        raise CheckpointError(f"{weights}.json: trained_on must be {{dataset: [id, …]}}; repair the file or remove it")
+    known = {dataset: list(ids) for dataset, ids in known.items()}
+    if train is not None:
+        ids = {short_id(train.dataset, i) for i in (*(v.video_id for v in train.videos), *train.missing_videos)}
+        known[train.dataset] = sorted(ids | set(known.get(train.dataset, ())))
+    return known
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,33 +66,38 @@ def check_complete(split: RetrievalSplit, allow_missing: bool) -> None:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What an evaluation split shares with training; `videos` None = unknown, nothing was recorded."""
+    """What an evaluation split shares with training: video ids, and the number of captions, None where unknown."""
 
-    videos: tuple[str, ...] | None
+    videos: tuple[str, ...]
     captions: int | None
 
     def as_dict(self) -> dict[str, object]:
-        return {"videos": None if self.videos is None else list(self.videos), "captions": self.captions}
+        return {"videos": list(self.videos), "captions": self.captions}
 
 
 def check_overlap(
-    split: RetrievalSplit, trained_on: Iterable[str], captions: Iterable[str] | None, source: str, allow: bool
-) -> Overlap:
+    split: RetrievalSplit, trained_on: Iterable[str], captions: Iterable[str] | None, source: str, allow: bool,
+    train: RetrievalSplit | None = None, spelling: Callable[[str], str] = str,
+) -> Overlap:  # fmt: skip
     """A video must not be scored by a model that was trained on it.
 
     trained_on: ids of the training videos, of the same dataset. captions: training captions, if known; captions occur
-    in both naturally and are only counted. source: where the ids come from, for the message. Raises IntegrityError
-    unless `allow`, which logs the overlap instead.
+    in both naturally and are only counted. source: where the ids come from, for the message. train: the training split,
+    if at hand, whose files are compared, too. spelling: an id -> the spelling in which `trained_on` has it. Raises
+    IntegrityError unless `allow`, which logs the overlap instead.
     """
-    own = {video.video_id for video in split.videos}
-    shared = sorted(own & set(trained_on))
+    ids, files = set(trained_on), {video.path.resolve() for video in train.videos} if train else set()
+    shared = sorted(
+        video.video_id for video in split.videos
+        if video.video_id in ids or spelling(video.video_id) in ids or (files and video.path.resolve() in files)
+    )  # fmt: skip
     known = None if captions is None else set(captions)
     count = None if known is None else sum(caption in known for caption in split.captions)
     if count:
         logger.info("%d captions of %s %s occur in training, too", count, split.dataset, split.name)
     if shared:
-        message = (f"{len(shared):,} of the {len(own):,} videos of {split.dataset} {split.name} are among the training "
-                   f"videos of {source}: {first_ids(shared)}")  # fmt: skip
+        message = (f"{len(shared):,} of the {len(split.videos):,} videos of {split.dataset} {split.name} are among the "
+                   f"training videos of {source}: {first_ids(shared)}")  # fmt: skip
         if not allow:
             raise IntegrityError(f"{message}. Numbers on them would not be retrieval of unseen videos; evaluate on the "
                                  "split that belongs to the training list, or give --allow_overlap")  # fmt: skip

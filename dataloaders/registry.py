@@ -42,3 +42,8 @@ def attach_videos(datatype: str, split: RetrievalSplit, features_path: str | Pat
     module = dataset_module(datatype)
     find = getattr(module, "candidates", own_name)
     return locate_videos(split, features_path, module.EXTENSIONS, find, recursive=module.RECURSIVE)
+
+
+def short_id(datatype: str, video_id: str) -> str:
+    """The shortest of the spellings under which a dataset knows a video: what two spellings have in common."""
+    return min(getattr(dataset_module(datatype), "candidates", own_name)(video_id), key=len)

@@ -160,10 +160,13 @@ def build_clip(options: ModelOptions, tensors: dict[str, Tensor], activation: st
     return clip, tensors if options.finetuned_path else with_initial_parts(tensors, initial, str(path))
 
 
-def build_model(options: ModelOptions, max_words: int = 0, max_frames: int = 0) -> tuple[VideoTextModel, Path]:
+def build_model(
+    options: ModelOptions, max_words: int = 0, max_frames: int = 0, to_train: bool = False
+) -> tuple[VideoTextModel, Path]:
     """Model on the CPU in float32 with its weights, and the file they came from.
 
     max_words, max_frames: what the sources' loaders fill captions and clips to, which counts under ``--compat``.
+    to_train: a retrieval checkpoint may lack a head, which then starts anew; what is only evaluated must be whole.
     Raises CheckpointError for a wrong file, naming what it looks like; prints what was recognised.
     """
     checkpoint, tensors = read_tower(options)
@@ -174,7 +177,7 @@ def build_model(options: ModelOptions, max_words: int = 0, max_frames: int = 0) 
     head = build_head(options.sim_header, sizes, head_options(options, max_words, max_frames))
     tensors = without_ignored(tensors, head)
     refuse_foreign_tensors(head, tensors, path, options)
-    if options.finetuned_path:
+    if options.finetuned_path or (options.init_model and not to_train):
         absent = missing_head_parts(head, tensors)
         if absent:
             wanted = "--interaction wti" if "text_weight_fc." in absent else f"--sim_header {options.sim_header}"

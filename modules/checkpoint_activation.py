@@ -14,6 +14,7 @@ from modules.checkpoint_names import CLIP_PREFIX, NamedTensors
 from modules.download import OPENAI_CLIP, file_sha256
 
 ACTIVATIONS = ("quick_gelu", "gelu")
+GELU_MARK = "clip.gelu_activation"  # among the tensors of our files that were trained with gelu
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
 
 
@@ -27,6 +28,8 @@ def find_activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict
         if value not in ACTIVATIONS:
             raise CheckpointError(f"{path}.json: activation must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
         return value, f"stated in {path.name}.json"
+    if isinstance(raw.content, dict) and GELU_MARK in raw.content:
+        return "gelu", "marked in the file"
     if raw.activation:
         return raw.activation, "read off the code in the TorchScript archive"
     if raw.container == "torchscript" and file_sha256(path) in {sha256 for _, sha256 in OPENAI_CLIP.values()}:

@@ -19,7 +19,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PARALLEL_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "param_groups")
 # Constants that some programs store beside the weights: the causal mask, and 0, 1, 2... No module here has them.
-NOT_WEIGHTS = ("attn_mask", "position_ids")
+NOT_WEIGHTS = ("attn_mask", "position_ids", "gelu_activation")
 OPENAI_INTEGERS = ("input_resolution", "context_length", "vocab_size")
 ALWAYS_PRESENT = (
     "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre.weight",

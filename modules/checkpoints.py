@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint_activation import ACTIVATIONS, HEAD_WIDTH, find_activation, read_json
+from modules.checkpoint_activation import ACTIVATIONS, GELU_MARK, HEAD_WIDTH, find_activation, read_json
 from modules.checkpoint_files import CheckpointError, RawFile, describe_wrong_file, read_raw
 from modules.checkpoint_names import CLIP_PREFIX, NamedTensors, canonical_names, unwrap
 from modules.files import write_whole
@@ -85,8 +85,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     .pt / .bin or .safetensors, also inside "state_dict", "model"... or behind "module.". Nothing in the file is run.
     CheckpointError for anything else, saying what it looks like and what to do.
     """
-    path = _weight_file(Path(path).expanduser())
+    path = weight_file(path)
     raw = read_raw(path)
+    if isinstance(raw.content, Mapping) and {"optimizer", "progress", "options"} <= raw.content.keys():
+        raise CheckpointError(f"{path} is the state of a training run: give it as --resume_model, or for weights the "
+                              "pytorch_model.bin beside it")  # fmt: skip
     try:
         named = canonical_names(unwrap(raw.content))
     except CheckpointError as error:
@@ -97,8 +100,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_sidecar(path: str | Path) -> dict | None:
-    """What :func:`save_checkpoint` wrote beside a weight file; None where there is nothing."""
-    return read_json(Path(f"{path}.json"))
+    """What :func:`save_checkpoint` wrote beside a weight file, also if `path` is a link to it or the folder it is in.
+
+    None where there is nothing; CheckpointError where it is not an object.
+    """
+    file = weight_file(path)
+    beside = read_json(Path(f"{file}.json"))
+    return beside if beside is not None or not file.is_symlink() else read_json(Path(f"{file.resolve()}.json"))
 
 
 def clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
@@ -167,7 +175,8 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], sidecar: dict) -> None:
     """Write a plain state dict to `path` and `sidecar` to `<path>.json`; each is there whole or not at all.
 
-    CLIP4Clip's own code can load the file. The sidecar should hold "activation": nothing in the weights tells it.
+    CLIP4Clip's own code can load the file. The sidecar must hold "activation"; for gelu, which CLIP4Clip does not have,
+    a mark among the tensors says so, too, lest the file be taken for quick_gelu when it is copied without its sidecar.
     """
     path = Path(path)
     if sidecar.get("activation") not in ACTIVATIONS:
@@ -178,12 +187,19 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], sidecar: di
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         plain[key] = value if whole else value.clone()  # torch.save would write all that a view's storage holds
     text = json.dumps(sidecar, indent=2, sort_keys=True) + "\n"
-    # The sidecar first: weights without it would be taken for CLIP4Clip's, that is, for quick_gelu.
-    write_whole(Path(f"{path}.json"), lambda file: file.write(text.encode()))
-    write_whole(path, lambda file: torch.save(plain, file))
+    if sidecar["activation"] == "gelu":
+        plain[GELU_MARK] = torch.ones((), dtype=torch.long)
+
+    def write_sidecar() -> None:
+        write_whole(Path(f"{path}.json"), lambda file: file.write(text.encode()))
+
+    # The sidecar moves when the weights are whole, just before them: a full disk leaves the former pair as it was.
+    write_whole(path, lambda file: torch.save(plain, file), before_move=write_sidecar)
 
 
-def _weight_file(path: Path) -> Path:
+def weight_file(path: str | Path) -> Path:
+    """`path`, or the weight file under a usual name in it if it is a folder; CheckpointError if that holds none."""
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     for name in FOLDER_FILES:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], before_move: Callable[[], object] = lambda: None
+) -> None:
     """Call `write` on a temporary file beside `path`, sync it, move it into place; on any error `path` stays as it was.
 
-    Raises OSError naming `path` and the likely cause.
+    `before_move` is called when the temporary file is whole. Raises OSError naming `path` and the likely cause.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,6 +21,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before_move()
         os.replace(beside, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError

@@ -169,9 +169,12 @@ def resume(
 
 
 def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool) -> None:
-    """Bring the weights selected so far along when a run goes on in another folder. Raises CheckpointError if gone."""
+    """Bring the weights selected so far along when a run goes on in another folder, over what may be there.
+
+    Raises CheckpointError if they are gone.
+    """
     wanted = folder / SELECTED
-    if is_main and state.best_epoch >= 0 and not wanted.exists():
+    if is_main and state.best_epoch >= 0 and not (wanted.exists() and source.resolve().parent == folder.resolve()):
         for name in (f"{SELECTED}.json", SELECTED):  # the weights last, as when they are first written
             if not (source.parent / name).is_file():
                 raise CheckpointError(f"--resume_model {source}: the best weights so far, {source.parent / name}, are "

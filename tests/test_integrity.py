@@ -9,11 +9,12 @@ import torch
 
 from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.integrity import IntegrityError, check_complete, check_overlap
-from dataloaders.registry import load_annotations
+from dataloaders.registry import load_annotations, short_id
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
 from main_task_retrieval import main
-from modules.checkpoints import save_checkpoint
+from modules.checkpoints import CheckpointError, save_checkpoint
 from modules.metrics import duplicates, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
+from run_data import trained_videos
 
 
 def split_of(n: int, expected: Expected, missing: tuple[str, ...] = ()) -> RetrievalSplit:
@@ -65,7 +66,7 @@ def test_a_checkpoint_is_not_scored_on_its_training_videos(sample, msrvtt_flags,
     weights = tmp_path / "pytorch_model.bin"
     clip = torch.load(sample / "clip" / "tiny_clip.pt", weights_only=True)
     tensors = {f"clip.{k}": v for k, v in clip.items() if v.is_floating_point()}
-    record = {"activation": "quick_gelu", "dataset": "msrvtt", "train_videos": ["video0", "video7012"]}
+    record = {"activation": "quick_gelu", "trained_on": {"msvd": ["video7013"], "msrvtt": ["video0", "video7012"]}}
     save_checkpoint(weights, tensors, record)
     flags = ["--do_eval", *msrvtt_flags, "--finetuned_path", str(weights)]
     assert main(flags) == 1
@@ -73,6 +74,11 @@ def test_a_checkpoint_is_not_scored_on_its_training_videos(sample, msrvtt_flags,
     assert "1 of the 12 videos of msrvtt test are among the training videos of" in error
     assert "video7012" in error
     assert "--allow_overlap" in error
+    link = tmp_path / "best.bin"
+    link.symlink_to(weights)
+    for other in (tmp_path, link):  # the folder that holds the file; a link to it
+        assert main(["--do_eval", *msrvtt_flags, "--finetuned_path", str(other)]) == 1
+        assert "among the training videos" in capsys.readouterr().err
     assert main([*flags, "--allow_overlap"]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["overlap_with_training"] == {"videos": ["video7012"], "captions": None}
@@ -108,3 +114,32 @@ def test_duplicate_aware_ranks_by_hand():
 def test_duplicate_aware_ties_with_wrong_candidates_are_still_lost():
     captions, owner = ["x", "x", "y"], torch.tensor([0, 1, 2])
     assert text_to_video_ranks(torch.ones(3, 3), owner, duplicates(captions, owner)[0]).tolist() == [1, 1, 2]
+
+
+def test_one_video_under_two_names_is_one_video(tmp_path):
+    """ActivityNet's `v_abc` and `abc`; and two names of one file."""
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"")
+    (tmp_path / "copy.mp4").symlink_to(film)
+
+    def split(name: str, *ids: str, path=None) -> RetrievalSplit:
+        videos = tuple(VideoClip(i, path or tmp_path / f"{i}.mp4") for i in ids)
+        return RetrievalSplit("activity", name, videos, ids, np.arange(len(ids)), Expected(None, None))
+
+    train = split("train", "abc", "x")
+    trained = trained_videos(None, tmp_path, train)
+    assert trained == {"activity": ["abc", "x"]}
+    with pytest.raises(IntegrityError, match="'v_abc'"):
+        check_overlap(split("test", "v_abc", "y"), trained["activity"], None, "x", False,
+                      spelling=lambda i: short_id("activity", i))  # fmt: skip
+    one, other = split("train", "p", path=film), split("test", "q", path=tmp_path / "copy.mp4")
+    with pytest.raises(IntegrityError, match="'q'"):
+        check_overlap(other, ["p"], None, "x", False, one)
+
+
+def test_training_again_keeps_the_record_of_all_training_videos(tmp_path):
+    train = split_of(2, Expected(None, None))
+    known = trained_videos({"msrvtt": ["video1"], "msvd": ["v9"]}, tmp_path, train)
+    assert known == {"msrvtt": ["video1"], "msvd": ["v0", "v1", "v9"]}
+    with pytest.raises(CheckpointError, match="trained_on must be"):
+        trained_videos(["video1"], tmp_path, None)
