@@ -10,8 +10,9 @@ UV := $(shell command -v uv 2>/dev/null)
 demo: $(VENV)/.run
 	$(BIN)/python -m tools.demo
 
+# Test files run side by side, one thread each: most of their time is spent starting processes and decoding.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
