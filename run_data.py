@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dataloaders.datasets import VideoSource
 from dataloaders.frames import FrameSampling
-from dataloaders.integrity import Overlap, check_complete, check_overlap
+from dataloaders.integrity import Overlap, check_complete, check_counts, check_overlap
 from dataloaders.loaders import CaptionBatches, pair_loader, video_loader
 from dataloaders.query_bank import QueryBank, load_query_bank
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split, short_id
@@ -43,14 +43,16 @@ def query_bank(options: Options) -> QueryBank | None:
 
 
 def load_data(options: Options, name: str) -> RetrievalSplit:
-    """A split with its videos located; an evaluation split must be complete, or --allow_missing given."""
+    """A split with its videos located; its counts, and to evaluate all videos, must be there or --allow_missing."""
     data = options.data
     if not data.data_path.exists():
         raise ValueError(f"--data_path {data.data_path}: no such file or folder")
     split = load_split(data.datatype, name, annotation_files(options), data.features_path)
     if name != "train":
         check_complete(split, data.allow_missing)
-    elif split.missing_videos:
+    else:
+        check_counts(split, data.allow_missing)
+    if name == "train" and split.missing_videos:
         log.warning("training without %d missing videos, such as %s", len(split.missing_videos),
                     ", ".join(split.missing_videos[:5]))  # fmt: skip
     log.info("%s %s: %d videos, %d captions; frames by the %s rule; files %s", split.dataset, name, len(split.videos),

@@ -12,6 +12,7 @@ from dataloaders.split import AnnotationError, Expected, RetrievalSplit, first_i
 
 logger = logging.getLogger("retrieval")
 OWN_COUNTS = "expected.json"
+SPLIT_NAMES = ("train", "val", "test")
 
 
 class IntegrityError(ValueError):
@@ -27,16 +28,59 @@ def with_own_counts(split: RetrievalSplit, annotations: Path) -> RetrievalSplit:
     path = (annotations if annotations.is_dir() else annotations.parent) / OWN_COUNTS
     if not path.exists():
         return split
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8")).get(split.name)
-        own = Expected(counts["videos"], counts["captions"]) if counts else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        example = '{"test": {"videos": 12, "captions": 60}}'
-        raise AnnotationError(f"{path}: must be like {example}: {error!r}") from error
+    own = _read_own_counts(path).get(split.name)
     if own is None:
         return split
     logger.info("%s %s: counts are held to %s, not to the published ones", split.dataset, split.name, path)
     return replace(split, expected=own)
+
+
+def _read_own_counts(path: Path) -> dict[str, Expected]:
+    """The counts of each split that the file names; all of it is checked, so that no misspelt name passes unseen."""
+    remedy = f'the file must be like {{"test": {{"videos": 12, "captions": 60}}}}, with splits {", ".join(SPLIT_NAMES)}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AnnotationError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise AnnotationError(f"{path}: holds no object; {remedy}")
+    own = {}
+    for name, counts in content.items():
+        if name not in SPLIT_NAMES:
+            raise AnnotationError(f"{path}: key {name!r} is no split; {remedy}")
+        if not isinstance(counts, dict) or set(counts) != {"videos", "captions"}:
+            raise AnnotationError(f"{path}: key {name!r} must hold videos and captions, nothing else; {remedy}")
+        for what, count in counts.items():
+            if type(count) is not int or count < 1:  # not isinstance: true would pass as 1
+                raise AnnotationError(f"{path}: {name}.{what} must be a whole number >= 1, is {count!r}; {remedy}")
+        own[name] = Expected(counts["videos"], counts["captions"])
+    return own
+
+
+def count_problems(split: RetrievalSplit) -> list[str]:
+    """What of the annotations differs from the expected counts, as sentences; missing files do not matter here."""
+    listed, held = len(split.videos) + len(split.missing_videos), len(split.captions) + split.missing_captions
+    expected = split.expected
+    if expected.published:
+        lists = ", ".join(f"{count:,}" for count in expected.published)
+        return [f"lists {listed:,} videos, which is none of the published lists ({lists}); if it is your own, put its "
+                f"counts into {OWN_COUNTS} beside the annotations"]  # fmt: skip
+    if expected.videos not in (None, listed):
+        return [f"lists {listed:,} videos where {expected.videos:,} are expected; is it the right list? Counts of "
+                f"your own go into {OWN_COUNTS} beside it"]  # fmt: skip
+    if expected.captions not in (None, held):
+        return [f"holds {held:,} captions where {expected.captions:,} are expected; is it the right annotation file? "
+                f"Counts of your own go into {OWN_COUNTS} beside it"]  # fmt: skip
+    return []
+
+
+def check_counts(split: RetrievalSplit, allow_missing: bool) -> None:
+    """The annotations must hold what they are published to hold; for training, where videos may be missing on disk.
+
+    Raises IntegrityError with the counts, unless `allow_missing`, which logs them instead.
+    """
+    problems = [f"{split.dataset} {split.name} {problem}" for problem in count_problems(split)]
+    _refuse(problems, allow_missing, "Get the right annotations, or give --allow_missing to go on all the same")
 
 
 def check_complete(split: RetrievalSplit, allow_missing: bool) -> None:
@@ -44,22 +88,19 @@ def check_complete(split: RetrievalSplit, allow_missing: bool) -> None:
 
     Raises IntegrityError with the counts and the first missing ids, unless `allow_missing`, which logs them instead.
     """
-    problems, title = [], f"{split.dataset} {split.name}"
-    listed = len(split.videos) + len(split.missing_videos)
-    if split.expected.videos not in (None, listed):
-        problems.append(f"{title} lists {listed:,} videos where {split.expected.videos:,} are expected; is it the "
-                        f"right list? Counts of your own go into {OWN_COUNTS} beside it")  # fmt: skip
+    title = f"{split.dataset} {split.name}"
+    problems = [f"{title} {problem}" for problem in count_problems(split)]
     if split.missing_videos:
+        listed = len(split.videos) + len(split.missing_videos)
         problems.append(f"{len(split.missing_videos):,} of {listed:,} videos of {title} are missing on disk: "
                         f"{first_ids(split.missing_videos)}")  # fmt: skip
-    elif split.expected.captions not in (None, len(split.captions)) and not problems:
-        problems.append(f"{title} holds {len(split.captions):,} captions where {split.expected.captions:,} are "
-                        "expected; is it the right annotation file?")  # fmt: skip
-    if not problems:
-        return
-    if not allow_missing:
-        raise IntegrityError(". ".join(problems) + ". Get what is missing, or give --allow_missing to evaluate all the "
-                             "same (a smaller gallery raises recall; results.json will say so)")  # fmt: skip
+    _refuse(problems, allow_missing, "Get what is missing, or give --allow_missing to evaluate all the same (a smaller "
+                                     "gallery raises recall; results.json will say so)")  # fmt: skip
+
+
+def _refuse(problems: list[str], allowed: bool, way_out: str) -> None:
+    if problems and not allowed:
+        raise IntegrityError(". ".join([*problems, way_out]))
     for problem in problems:
         logger.warning("%s (--allow_missing)", problem)
 

@@ -34,7 +34,8 @@ def load_split(datatype: str, split: str, files: AnnotationFiles, features_path:
 def load_annotations(datatype: str, split: str, files: AnnotationFiles) -> RetrievalSplit:
     """The split without paths, held to published counts or to those of an expected.json; see `with_own_counts`."""
     loaded = dataset_module(datatype).load(split, files)
-    return with_own_counts(loaded, files.data_path) if files.data_path else loaded
+    annotations = files.data_path or (files.train_csv if split == "train" else files.val_csv)
+    return with_own_counts(loaded, annotations) if annotations else loaded
 
 
 def attach_videos(datatype: str, split: RetrievalSplit, features_path: str | Path) -> RetrievalSplit:

@@ -30,10 +30,14 @@ class VideoClip:
 
 @dataclass(frozen=True)
 class Expected:
-    """Published counts of a split; None where none is published (a sample, a list of one's own)."""
+    """Published counts of a split; None where none is published.
+
+    `published`: where there are several lists and the given one is none of them, the number of videos of each.
+    """
 
     videos: int | None
     captions: int | None
+    published: tuple[int, ...] = ()
 
 
 def first_ids(ids: Iterable[str], limit: int = 5) -> str:
@@ -48,7 +52,8 @@ class RetrievalSplit:
     """V unique videos, N captions and the index of each caption's video, checked on construction.
 
     `caption_to_video` is int64 [N] with values in [0, V), stored read-only. `missing_videos` are ids that the
-    annotations list but `videos` no longer holds. Raises AnnotationError naming dataset, split and first offending id.
+    annotations list but `videos` no longer holds, `missing_captions` the number of their captions. Raises
+    AnnotationError naming dataset, split and first offending id.
     """
 
     dataset: str
@@ -58,6 +63,7 @@ class RetrievalSplit:
     caption_to_video: np.ndarray
     expected: Expected
     missing_videos: tuple[str, ...] = ()
+    missing_captions: int = 0
 
     def __post_init__(self) -> None:
         given = np.asarray(self.caption_to_video)
@@ -136,6 +142,7 @@ class RetrievalSplit:
             caption_to_video=new_index[self.caption_to_video[kept_captions]],
             expected=self.expected,
             missing_videos=(*self.missing_videos, *(c.video_id for c in self.videos if c.video_id in gone)),
+            missing_captions=self.missing_captions + len(self.captions) - len(kept_captions),
         )
 
 

@@ -11,7 +11,8 @@ from av.video.reformatter import VideoReformatter
 
 from dataloaders.decode_plan import Run, plan_runs
 from dataloaders.frames import FrameSampling
-from dataloaders.packets import READ_ERRORS, VideoInfo, VideoReadError, open_video, probe_video
+from dataloaders.packets import READ_ERRORS, VideoInfo, VideoReadError, probe_video
+from dataloaders.strict import all_frames, open_strict
 from dataloaders.video_opencv import decode_with_opencv
 
 __all__ = ["DECODERS", "VideoInfo", "VideoReadError", "decode_frames", "probe_video", "read_frames"]
@@ -81,7 +82,7 @@ def _decode_selected(info: VideoInfo, wanted: Sequence[int]) -> np.ndarray:
     """Decode only from governing keyframes to wanted frames, skipping pictures that no other picture needs."""
     runs = plan_runs(info, wanted)
     clip = _Clip(info, wanted)
-    container, stream = _open_strict(info)
+    container, stream = open_strict(info)
     with container:
         try:
             packets = _Reader(info, container, stream)
@@ -147,46 +148,21 @@ def _chain(packet, source):
 
 def _decode_all(info: VideoInfo, wanted: Sequence[int]) -> np.ndarray:
     """Decode every frame from the start and count."""
-    times = info.packet_pts[info.frame_packets] if info.trusted else None
     clip = _Clip(info, wanted)
-    count = 0
-    container, stream = _open_strict(info)
-    with container:
-        try:
-            for frame in _every_frame(info, container, stream):
-                if times is not None and frame.pts != times[min(count, info.frame_count - 1)]:
-                    raise clip.failed(f"frame {count} is missing from what the decoder gives")
-                if count in wanted:
-                    clip.keep(frame, count)
-                count += 1
-                # Where times can be trusted, every frame so far has been checked. Elsewhere only the total can tell.
-                if times is not None and count > wanted[-1]:
-                    break
-        except READ_ERRORS as error:
-            raise clip.failed(f"it cannot be decoded after frame {count} ({error})") from error
-    if times is None and count != info.frame_count:
-        raise clip.failed(f"it holds {info.frame_count} packets but decodes to {count} frames")
+    numbers = set(wanted)
+    frames = all_frames(info)
+    try:
+        for count, frame in enumerate(frames):
+            if count in numbers:
+                clip.keep(frame, count)
+            # Where times can be trusted, every frame so far has been checked. Elsewhere only the total can tell.
+            if info.trusted and count == wanted[-1]:
+                break
+    except VideoReadError as error:
+        raise clip.failed(error.cause) from error
+    finally:
+        frames.close()  # and the file with it
     return clip.stack()
-
-
-def _every_frame(info: VideoInfo, container, stream) -> Iterator[av.VideoFrame]:
-    position = 0
-    for packet in container.demux(stream):
-        if packet.size == 0:  # the end marker, or a repeated picture in avi
-            continue
-        if position < len(info.packet_decodable) and info.packet_decodable[position]:
-            yield from stream.codec_context.decode(packet)
-        position += 1
-    yield from stream.codec_context.decode(None)
-
-
-def _open_strict(info: VideoInfo):
-    container, stream = open_video(info.path)
-    # One thread: loader workers already fill the machine, and errors surface at the packet that causes them.
-    stream.codec_context.thread_count = 1
-    # Without this the decoder hides damage by repeating or guessing pixels.
-    stream.codec_context.options = {"err_detect": "explode"}
-    return container, stream
 
 
 class _Clip:

@@ -56,7 +56,7 @@ class DataOptions:
     eval_frame_order: int = flag(0, "0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader", choices=("pyav", "opencv"))
     num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process")
-    allow_missing: bool = flag(False, "evaluate without the videos that are missing or unreadable; recorded in results")
+    allow_missing: bool = flag(False, "accept wrong counts, evaluate without missing or unreadable videos; recorded")
     allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results")
     lsmdc_source_gap: bool = flag(False, "lsmdc: leave out training ids 58200-58299, as InternVideo's loader does")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.frames import FrameSampling
+from dataloaders.integrity import count_problems
 from dataloaders.registry import DATASETS, attach_videos, load_annotations
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
 from dataloaders.video import VideoReadError, probe_video, read_frames
@@ -66,14 +67,12 @@ def check_split(
 ) -> SplitReport:
     """Compare a freshly loaded split (paths None) with the published counts and with the files of `features_path`."""
     report = SplitReport(
-        expected=asdict(split.expected),
+        expected={"videos": split.expected.videos, "captions": split.expected.captions},
         listed={"videos": len(split.videos), "captions": len(split.captions)},
         distinct_captions=len(set(split.captions)),
         t2v_r1_ceiling=t2v_r1_ceiling(split),
     )
-    for what, count in report.expected.items():
-        if count is not None and count != report.listed[what]:
-            report.problems.append(f"annotations hold {report.listed[what]:,} {what}, expected are {count:,}")
+    report.problems += count_problems(split)
     try:
         located = attach_videos(split.dataset, split, features_path)
     except VideoFolderError as error:
@@ -187,12 +186,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag} {path} does not exist")
     if not args.features_path.is_dir():
         parser.error(f"--features_path {args.features_path} is not a folder; give the one that holds the videos")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
+    if args.json is not None:
+        try:
+            _try_to_write(args.json)
+        except OSError as error:
+            parser.error(f"--json {args.json} cannot be written ({error.strerror}); give the name of a file")
     for flag in ("num_workers", "max_frames", "feature_framerate"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} must be >= 1, got {getattr(args, flag)}")
     return args
+
+
+def _try_to_write(path: Path) -> None:
+    """Raises OSError where the report could not be written; better now than after hours of decoding."""
+    existed = path.exists()
+    path.open("a").close()
+    if not existed:
+        path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

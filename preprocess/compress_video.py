@@ -3,8 +3,9 @@
     python -m preprocess.compress_video --input_root videos --output_root videos_3fps --fps 3 --size 224
 
 Each video keeps its sub-folder and name, with the extension .mp4. Run it again to go on where it stopped: outputs that
-open and fit their input are left alone. What cannot be converted is copied as it is and listed, with the reason, in
-OUTPUT_ROOT/compress_failures.txt. Exit status: 0 all converted, 1 some were not, 2 the command cannot be carried out.
+open and fit their input are left alone. What is damaged anywhere or cannot be converted is copied as it is and listed,
+with the reason, in OUTPUT_ROOT/compress_failures.txt. Exit status: 0 all converted, 1 some were not, 2 the command
+cannot be carried out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import av
 
+from dataloaders.packets import VideoReadError, probe_video
 from preprocess.parallel import run_parallel
 from preprocess.reencode import BACKENDS, ReencodeError, Target, choose_backend, look_at, reencode, why_unfit
 
@@ -82,15 +84,19 @@ def convert(job: Job) -> Outcome:
     """Make `job.output` unless a fit one is there; it appears under its name only when it is whole and checked."""
     part = job.output.with_name(f".{job.output.name}.part.mp4")  # hidden: no reader takes a half-written file
     try:
-        look = look_at(job.source)
+        info = probe_video(job.source)
+        look = look_at(info)
         if job.output.is_file() and why_unfit(look, job.output, job.target) is None:
             return Outcome("kept")
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        reencode(job.source, part, look, job.target, job.backend)
+        reencode(info, part, look, job.target, job.backend)
         trouble = why_unfit(look, part, job.target)
         if trouble is not None:
             raise ReencodeError(f"the result {trouble}")
         os.replace(part, job.output)
+    except VideoReadError as error:
+        part.unlink(missing_ok=True)
+        return _copy(job, error.cause)
     except (ReencodeError, av.FFmpegError, OSError) as error:
         part.unlink(missing_ok=True)
         return _copy(job, f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
@@ -112,6 +118,8 @@ def _copy(job: Job, reason: str) -> Outcome:
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.source, part)
         os.replace(part, copied)
+        if copied != job.output:
+            job.output.unlink(missing_ok=True)  # of an earlier run: readers would take it for the video
     except OSError as error:
         part.unlink(missing_ok=True)
         return Outcome("failed", f"{reason}; not copied either: {error}")

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: the repository root is not on th
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preprocess.sample.folder import claim, finish, is_up_to_date, write_files
-from preprocess.sample.layouts import LAYOUTS, Files, Splits
+from preprocess.sample.layouts import LAYOUTS, Files, Layout, Splits
 from preprocess.sample.plan import Counts, Planner
 
 CLIP_SIZES = ("resolution", "patch", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim")
@@ -112,8 +112,7 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     files.add_json("scenes.json", told)
     if counts.order_pairs:
         files.add_json("order_pairs.json", pair_ids(splits, files))
-    if datatype != "msrvtt":  # whose lists come in so many sizes that a count of its own would say nothing
-        files.add_json("expected.json", own_counts(splits, layout.recipe.paragraph))
+    files.add_json("expected.json", own_counts(splits, layout))
     entries = sorted({path.split("/")[0] for path in (*files.annotations, *files.videos)})
     claim(folder, parameters, entries, args.force)
     write_files(folder, files, datatype, args.num_workers)
@@ -125,13 +124,18 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     print(f"{folder}: " + ", ".join(f"{split} {len(clips)}" for split, clips in splits.items() if clips) + " clips")
 
 
-def own_counts(splits: Splits, paragraphs: bool) -> dict[str, dict[str, int]]:
-    """The sample's counts, in place of the published ones; a paragraph dataset has one caption a video."""
-    return {
-        split: {"videos": len(clips), "captions": len(clips) if paragraphs else sum(len(c.captions) for c in clips)}
-        for split, clips in splits.items()
-        if clips
-    }
+def own_counts(splits: Splits, layout: Layout) -> dict[str, dict[str, int]]:
+    """The sample's counts, in place of the published ones.
+
+    A paragraph dataset has one caption a video, and so has a test split whose list carries its captions.
+    """
+    counts = {}
+    for split, clips in splits.items():
+        single = layout.recipe.paragraph or (split == "test" and layout.test_list_has_captions)
+        captions = len(clips) if single else sum(len(clip.captions) for clip in clips)
+        if clips:
+            counts[split] = {"videos": len(clips), "captions": captions}
+    return counts
 
 
 def pair_ids(splits: Splits, files: Files) -> dict[str, list[list[str]]]:

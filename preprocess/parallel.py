@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +28,7 @@ def run_parallel(
     `function` must be importable and turn its own exceptions into results. When a worker dies (a decoder that
     crashes, memory that runs out), what was not finished runs again, each task in a process of its own, and a task
     that dies once more yields `on_crash(task)`. With one worker everything runs in this process.
+    Workers end when this process does, even if it is killed.
     """
     with tqdm(total=len(tasks), desc=label, unit="video", disable=not tasks) as bar:
         done: set[int] = set()
@@ -43,7 +47,7 @@ def _finished(function: Callable[[Task], Result], tasks: Sequence[Task], workers
     if workers <= 1:
         yield from ((n, function(task)) for n, task in enumerate(tasks))
         return
-    pool = ProcessPoolExecutor(max_workers=min(workers, max(len(tasks), 1)))
+    pool = ProcessPoolExecutor(max_workers=min(workers, max(len(tasks), 1)), initializer=_end_with_parent)
     try:
         position = {pool.submit(function, task): n for n, task in enumerate(tasks)}
         for future in as_completed(position):
@@ -55,8 +59,19 @@ def _finished(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 
 def _alone(function: Callable[[Task], Result], task: Task, on_crash: Callable[[Task], Result]) -> Result:
-    with ProcessPoolExecutor(max_workers=1) as pool:
+    with ProcessPoolExecutor(max_workers=1, initializer=_end_with_parent) as pool:
         try:
             return pool.submit(function, task).result()
         except BrokenProcessPool:
             return on_crash(task)
+
+
+def _end_with_parent() -> None:
+    """Make this worker exit when its parent is gone: one that was killed can tell nobody, and workers wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # sys.exit would end this thread only
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -2,6 +2,7 @@
 
 Both backends run the same filters: start at 0, `fps`, `scale`. Only the first video stream is kept, as in CLIP4Clip's
 compression script; unlike there, portrait videos keep their aspect ratio (its height for them is width * width/height).
+Damage in a source raises: hidden behind guessed pixels in a clean file, nothing could notice it any more.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import av.filter
+
+from dataloaders.packets import VideoInfo, VideoReadError, open_video
+from dataloaders.strict import all_frames
 
 BACKENDS = ("pyav", "ffmpeg")
 ENCODER = "libx264"
@@ -66,18 +71,20 @@ def choose_backend(name: str) -> str:
     raise ReencodeError(f"--backend auto: neither PyAV with {ENCODER} nor ffmpeg on PATH; install the av wheel")
 
 
-def look_at(path: Path) -> Look:
-    """Open a video and decode its first frame; raises ReencodeError when there is none, av.FFmpegError or OSError."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ReencodeError("no video stream in it")
-        stream = container.streams.video[0]
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise ReencodeError("no frame can be decoded")
-        rotation = round(frame.rotation) % 360
-        turned = rotation in (90, 270)
-        width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+def look_at(info: VideoInfo) -> Look:
+    """Decode the first frame of a probed video; raises VideoReadError when there is none."""
+    frames = all_frames(info)
+    try:
+        frame = next(frames, None)
+    finally:
+        frames.close()
+    if frame is None:
+        raise VideoReadError(info.path, "no frame of it can be decoded")
+    rotation = round(frame.rotation) % 360
+    turned = rotation in (90, 270)
+    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+    container, stream = open_video(info.path)
+    with container:
         return Look(width, height, rotation, _duration(container, stream))
 
 
@@ -91,58 +98,69 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     return container.duration / av.time_base if container.duration else None
 
 
-def reencode(source: Path, output: Path, look: Look, target: Target, backend: str) -> None:
-    """Write `output`; raises ReencodeError, av.FFmpegError or OSError, and may then leave a part of it behind."""
+def reencode(info: VideoInfo, output: Path, look: Look, target: Target, backend: str) -> None:
+    """Write `output` from a probed video. Raises VideoReadError for a source that is damaged anywhere.
+
+    Raises also ReencodeError, av.FFmpegError or OSError, and may then leave a part of `output` behind.
+    """
     width, height = target_size(look.width, look.height, target.size)
     # eof_action=pass: a frame for every 1/fps s that has begun, so that the shortest clips keep one.
     filters = ["setpts=PTS-STARTPTS", f"fps={target.fps}:eof_action=pass"]
     filters += [f"scale={width}:{height}", "setsar=1", "format=yuv420p"]
     if backend == "ffmpeg":
-        _with_ffmpeg(source, output, filters)
+        _with_ffmpeg(info, output, filters)
     else:
-        _with_pyav(source, output, _TURNS.get(look.rotation, []) + filters, (width, height), target)
+        _with_pyav(info, output, _TURNS.get(look.rotation, []) + filters, (width, height), target)
 
 
-def _with_ffmpeg(source: Path, output: Path, filters: list[str]) -> None:
-    command = ["ffmpeg", "-nostdin", "-hide_banner", "-loglevel", "error", "-y", "-i", str(source)]
-    command += ["-map", "0:v:0", "-filter:v", ",".join(filters), "-c:v", ENCODER, "-threads", "1", str(output)]
+def _sound_frames(info: VideoInfo) -> Iterator[av.VideoFrame]:
+    """All frames, raising VideoReadError for damage of any kind, that which a decoder only marks included."""
+    for number, frame in enumerate(all_frames(info)):
+        if frame.is_corrupt:
+            raise VideoReadError(info.path, f"frame {number} is damaged")
+        yield frame
+
+
+def _with_ffmpeg(info: VideoInfo, output: Path, filters: list[str]) -> None:
+    for _ in _sound_frames(info):  # the binary alone counts no frames, and its older versions overlook damage
+        pass
+    command = ["ffmpeg", "-nostdin", "-hide_banner", "-loglevel", "error", "-y", "-xerror", "-err_detect", "explode"]
+    command += ["-i", info.path, "-map", "0:V:0", "-filter:v", ",".join(filters)]  # V: no cover pictures
+    command += ["-c:v", ENCODER, "-threads", "1", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise ReencodeError(f"ffmpeg ended with status {result.returncode}: {last}")
 
 
-def _with_pyav(source: Path, output: Path, filters: list[str], size: tuple[int, int], target: Target) -> None:
-    with av.open(str(source)) as reader, av.open(str(output), "w") as writer:
-        video = reader.streams.video[0]
+def _with_pyav(info: VideoInfo, output: Path, filters: list[str], size: tuple[int, int], target: Target) -> None:
+    with av.open(str(output), "w") as writer:
         encoder = writer.add_stream(ENCODER, rate=target.fps)
         encoder.width, encoder.height = size
         encoder.pix_fmt = "yuv420p"
         encoder.codec_context.thread_count = 1  # the videos are already spread over the cores
         graph, entry = None, None
-        for frame in reader.decode(video):
+        for frame in _sound_frames(info):
             if frame.pts is None:
                 frame.pts = frame.dts  # AVI stores no presentation times
             if graph is None:
-                graph, entry = _graph(frame, video, filters)
+                graph, entry = _graph(frame, info.time_base, filters)
             elif (frame.width, frame.height, frame.format.name) != entry:
                 raise ReencodeError(f"the frame size or format changes within the video at {frame.time} s")
             graph.push(frame)
             _drain(graph, encoder, writer)
-        if graph is None:
-            raise ReencodeError("no frame can be decoded")
         graph.push(None)
         _drain(graph, encoder, writer)
         writer.mux(encoder.encode(None))
 
 
 def _graph(
-    frame: av.VideoFrame, video: av.VideoStream, filters: list[str]
+    frame: av.VideoFrame, time_base: Fraction, filters: list[str]
 ) -> tuple[av.filter.Graph, tuple[int, int, str]]:
     graph = av.filter.Graph()
     chain = [
         graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or video.time_base
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or time_base
         )
     ]
     for text in filters:

@@ -1,6 +1,7 @@
 """Bad input to ``main_task_retrieval.py``: one clear line naming file or flag, status 1 or 2, nothing left behind."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,9 @@ def test_a_bad_list(msrvtt_flags, tmp_path, capsys, flag, content, expected):
     ('{"videos": []}', ["bad.json", "sentences"]),
     ('{"sentences": [{"video_id": "video0"}]}', ["bad.json", "caption"]),
 ])  # fmt: skip
-def test_bad_annotations(msrvtt_flags, tmp_path, capsys, content, expected):
+def test_bad_annotations(sample, msrvtt_flags, tmp_path, capsys, content, expected):
     path = tmp_path / "bad.json"
+    shutil.copy(sample / "msrvtt" / "expected.json", tmp_path)
     if content is not None:
         path.write_text(content)
     flags = [*with_value(msrvtt_flags, "data_path", path), "--epochs", "1", "--batch_size", "8"]

@@ -40,6 +40,8 @@ def sample(tmp_path, video) -> Path:
     write_list(tmp_path / "train.csv", [("v0", ""), ("v1", "")])
     sentences = [{"video_id": f"v{n // 2}", "caption": f"caption {n}"} for n in range(4)]
     (tmp_path / "data.json").write_text(json.dumps({"sentences": sentences}))
+    counts = {"train": {"videos": 2, "captions": 4}, "test": {"videos": 2, "captions": 2}}
+    (tmp_path / "expected.json").write_text(json.dumps(counts))
     return tmp_path
 
 
@@ -55,8 +57,8 @@ def test_a_clean_set_passes_in_one_line_a_split(sample, capsys):
     status, report = check(sample)
     assert status == 0
     assert capsys.readouterr().out.splitlines() == [
-        "msrvtt train: ok: 2 videos, 4 captions",
-        "msrvtt test: ok: 2 videos, 2 captions",
+        "msrvtt train: ok: 2 of 2 videos, 4 of 4 captions",
+        "msrvtt test: ok: 2 of 2 videos, 2 of 2 captions",
     ]
     assert report["problems"] == 0
     assert report["decoded"] is True
@@ -71,7 +73,7 @@ def test_missing_videos_are_counted_and_named(sample, capsys):
     assert report["splits"]["test"]["missing_videos"] == ["v3"]
     assert report["splits"]["test"]["found"] == {"videos": 1, "captions": 1}
     out = capsys.readouterr().out
-    assert "msrvtt test: 1 problems: 1 videos, 1 captions" in out
+    assert "msrvtt test: 1 problems: 1 of 2 videos, 1 of 2 captions" in out
     assert "  - 1 of 2 videos are not under" in out
     assert "msrvtt train: ok" in out
 
@@ -110,7 +112,7 @@ def test_videos_in_train_and_test_are_a_leak_shared_captions_are_counted(sample,
     assert status == 1
     assert report["overlap"] == {"train/test": {"videos": ["v1"], "captions": 1}}
     out = capsys.readouterr().out
-    assert "msrvtt test: ok: 2 videos, 2 captions; 1 captions also in train" in out
+    assert "msrvtt test: ok: 2 of 2 videos, 2 of 2 captions; 1 captions also in train" in out
     assert "train/test: 1 videos are in both splits: 'v1'" in out
 
 
@@ -120,7 +122,7 @@ def test_duplicate_captions_are_told_and_no_problem(sample, capsys):
     assert status == 0
     assert list(report["splits"]) == ["test"]
     expected = "; 1 distinct captions, some on several videos: t2v R@1 cannot exceed 50.00 %"
-    assert capsys.readouterr().out == f"msrvtt test: ok: 2 videos, 2 captions{expected}\n"
+    assert capsys.readouterr().out == f"msrvtt test: ok: 2 of 2 videos, 2 of 2 captions{expected}\n"
 
 
 def test_the_ceiling_counts_the_most_frequent_video_of_each_text():
@@ -147,12 +149,38 @@ def test_counts_that_differ_from_the_published_ones(tmp_path, video, capsys):
     arguments = ["--datatype", "lsmdc", "--data_path", str(data), "--features_path", str(tmp_path / "videos")]
     assert main([*arguments, "--splits", "test"]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "lsmdc test: 2 problems: 2 of 1,000 videos, 2 of 1,000 captions",
-        "  - annotations hold 2 videos, expected are 1,000",
-        "  - annotations hold 2 captions, expected are 1,000",
+        "lsmdc test: 1 problems: 2 of 1,000 videos, 2 of 1,000 captions",
+        "  - lists 2 videos where 1,000 are expected; is it the right list? Counts of your own go into expected.json "
+        "beside it",
     ]
     assert main([*arguments, "--splits", "val", "test"]) == 1
     assert "lsmdc val: cannot be loaded\n  - " in capsys.readouterr().out
+
+
+def test_an_msrvtt_list_of_no_published_length_is_a_problem(sample, capsys):
+    """As 990 of the 1,000 rows of 1k-A, every one of them on disk."""
+    (sample / "expected.json").unlink()
+    rows = (DATA / "MSRVTT_JSFUSION_test.csv").read_text().splitlines(keepends=True)[:991]
+    (sample / "test.csv").write_text("".join(rows))
+    for row in csv.DictReader(rows):
+        (sample / "videos" / f"{row['video_id']}.mp4").symlink_to(sample / "videos" / "v0.mp4")
+    status, report = check(sample, "--no_decode")
+    assert status == 1
+    wanted = "of the published lists ({}); if it is your own, put its counts into expected.json beside the annotations"
+    assert report["splits"]["test"]["problems"] == [f"lists 990 videos, which is none {wanted.format('1,000')}"]
+    lists = "9,000, 7,010, 6,513"
+    assert report["splits"]["train"]["problems"] == [f"lists 2 videos, which is none {wanted.format(lists)}"]
+    assert "msrvtt test: 1 problems: 990 of 1,000 videos, 990 of 1,000 captions" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_decoding(sample, capsys):
+    for target, cause in ((sample / "videos", "Is a directory"), (sample / "no" / "r.json", "No such file")):
+        with pytest.raises(SystemExit) as stopped:
+            check(sample, "--json", str(target))
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"--json {target} cannot be written ({cause}" in error
+        assert "video/s" not in error  # no file was looked at
 
 
 def test_broken_annotations_are_a_problem_of_their_split(sample, capsys):

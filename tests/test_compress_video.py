@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from video_files import copy_stream, cut_bytes, make_audio, make_video, number_of
+from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
 
+from dataloaders.video import VideoReadError, decode_frames, probe_video
 from preprocess.compress_video import main
 from preprocess.parallel import run_parallel
-from preprocess.reencode import Look, ReencodeError, Target, choose_backend, look_at, target_size, why_unfit
+from preprocess.reencode import Look, Target, choose_backend, look_at, target_size, why_unfit
 
 
 def compress(root: Path, *more: str) -> int:
@@ -101,7 +106,7 @@ def test_what_cannot_be_converted_is_copied_and_listed(root, capsys):
     assert compress(root) == 1
     assert "1 converted with pyav, 0 were there already, 3 failed, see " in capsys.readouterr().out
     listed = dict(line.split("\t") for line in (root / "out" / "compress_failures.txt").read_text().splitlines())
-    assert "the result lasts" in listed[str(root / "in" / "cut.mkv")]
+    assert "it is cut off" in listed[str(root / "in" / "cut.mkv")]
     assert "Invalid data" in listed[str(root / "in" / "movie" / "bad.avi")]
     assert "no video stream" in listed[str(root / "in" / "sound.mp4")]
     assert (root / "out" / "movie" / "bad.avi").read_bytes() == b"no video"
@@ -176,8 +181,8 @@ def test_why_unfit_tells_size_rate_and_duration(tmp_path):
     assert "lasts 3.00 s, the original 9.00 s" in why_unfit(Look(96, 64, 0, 9.0), video, Target(3, 224))
     mpeg4 = make_video(tmp_path / "b.mp4", 9, fps=3, size=(336, 224), codec="mpeg4")
     assert why_unfit(look, mpeg4, Target(3, 224)) == "is mpeg4, not H.264"
-    with pytest.raises(ReencodeError, match="no video stream"):
-        look_at(make_audio(tmp_path / "c.mp4"))
+    look = look_at(probe_video(make_video(tmp_path / "c.mp4", 30, rotation=90)))
+    assert (look.width, look.height, look.rotation, look.duration) == (64, 96, 90, 1.0)
 
 
 def die_on_three(number: int) -> int:
@@ -189,3 +194,83 @@ def die_on_three(number: int) -> int:
 def test_a_crashing_worker_costs_only_its_own_task():
     results = run_parallel(die_on_three, range(6), 2, "squares", on_crash=lambda number: -number)
     assert dict(results) == {0: 0, 1: 1, 2: 4, 3: -3, 4: 16, 5: 25}
+
+
+MPEG4 = {"codec": "mpeg4", "codec_options": {"qscale": "3"}}
+FRAGMENTED = {"format_options": {"movflags": "frag_keyframe+empty_moov"}}
+# A file name, how it is made, and the shares of it that are damaged, or where it is cut.
+DAMAGED = {
+    "flipped.mp4": ({}, [(0.3, 0.6)]),
+    "flipped_fragmented.mp4": (FRAGMENTED, [(0.4, 0.6)]),
+    "flipped_mpeg4.avi": (MPEG4, [(0.3, 0.6)]),
+    "flipped.mkv": ({}, [(0.3, 0.6)]),
+    "flipped.mpg": ({"codec": "mpeg2video"}, [(0.3, 0.6)]),
+    "cut70_mpeg4.avi": (MPEG4, 0.7),
+    "cut90_mpeg4.avi": (MPEG4, 0.9),
+    "cut70_h264.avi": ({}, 0.7),
+    "cut90_h264.avi": ({"b_frames": 0}, 0.9),
+    "cut90.mpg": ({"codec": "mpeg2video"}, 0.9),
+    "cut95.mkv": ({}, 0.95),
+    "cut95.webm": ({"codec": "libvpx-vp9"}, 0.95),
+    "cut95.wmv": ({"codec": "wmv2"}, 0.95),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_not_hidden_in_a_clean_file(root, name):
+    made, damage = DAMAGED[name]
+    whole = make_video(root / name, 90, **made)
+    source = root / "in" / "movie" / name
+    if isinstance(damage, float):
+        cut_bytes(whole, source, damage)
+    else:
+        flip_bits(whole, source, damage)
+    with pytest.raises(VideoReadError) as refused:  # as every reader of the data set refuses it
+        decode_frames(source, range(probe_video(source).frame_count))
+    stale = root / "out" / "movie" / (source.stem + ".mp4")
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier run")
+    assert compress(root) == 1
+    line = (root / "out" / "compress_failures.txt").read_text()
+    assert line.startswith(f"{source}\t")
+    assert refused.value.cause.split("(")[0][:10] in line
+    (copy,) = (root / "out" / "movie").iterdir()
+    assert copy.name == name
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def processes_saying(word: str) -> list[int]:
+    """Ids of running processes with `word` in their command line; forked workers share that of their parent."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float) -> bool:
+    stop = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > stop:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_workers_end_when_the_command_is_killed(root):
+    first = make_video(root / "in" / "0.mp4", 300)
+    for n in range(1, 400):
+        (root / "in" / f"{n}.mp4").symlink_to(first)
+    command = [sys.executable, "-m", "preprocess.compress_video", "--input_root", str(root / "in")]
+    command += ["--output_root", str(root / "out"), "--num_workers", "3"]
+    running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    word = str(root / "out")
+    try:
+        assert wait_for(lambda: len(processes_saying(word)) >= 4 and list((root / "out").glob("*.mp4")), 60)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert wait_for(lambda: not processes_saying(word), 10), f"still running: {processes_saying(word)}"

@@ -86,12 +86,17 @@ def test_msrvtt_lists_without_sentences_take_all_captions(tmp_path):
     assert msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=val)).expected.videos == 497
 
 
-def test_msrvtt_small_lists_have_no_published_count(tmp_path):
+def test_msrvtt_lists_of_another_length_are_held_to_the_nearest(tmp_path):
     text = 'key,vid_key,video_id,sentence\nret0,msr1,video1,"one, two"\n\nret1,msr2,video2,"say ""hi"""\n'
     val_csv = write(tmp_path / "val.csv", "\ufeff" + text.replace("\n", "\r\n"))
     split = msrvtt.load("test", AnnotationFiles(val_csv=val_csv))
     assert captions_of(split) == {"video1": ["one, two"], "video2": ['say "hi"']}
-    assert split.expected == UNPUBLISHED
+    assert split.expected == Expected(1_000, 1_000, published=(1_000,))
+    ids = [f"video{n}" for n in range(7_009)]
+    train_csv = write(tmp_path / "train.csv", "video_id\n" + "\n".join(ids))
+    data = msrvtt_json(tmp_path / "data.json", {i: [i] for i in ids})
+    split = msrvtt.load("train", AnnotationFiles(data_path=data, train_csv=train_csv))
+    assert split.expected == Expected(7_010, 140_200, published=(9_000, 7_010, 6_513))
 
 
 @pytest.mark.parametrize(

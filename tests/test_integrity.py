@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.integrity import IntegrityError, check_complete, check_overlap
+from dataloaders.integrity import IntegrityError, check_complete, check_counts, check_overlap, with_own_counts
 from dataloaders.registry import load_annotations, short_id
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
 from main_task_retrieval import main
@@ -47,9 +47,57 @@ def test_counts_of_ones_own(sample_all, tmp_path):
     assert load_annotations("msvd", "test", files).expected == Expected(own["videos"], own["captions"])
     (data / "expected.json").unlink()
     assert load_annotations("msvd", "test", files).expected == Expected(670, 27_763)
-    (data / "expected.json").write_text('{"test": 3}')
-    with pytest.raises(AnnotationError, match="expected.json: must be like"):
-        load_annotations("msvd", "test", files)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"test": 3}', "key 'test' must hold videos and captions"),
+    ('{"test": {"videos": 12}}', "key 'test' must hold videos and captions"),
+    ('{"test": {"videos": "12", "captions": 60}}', "test.videos must be a whole number >= 1, is '12'"),
+    ('{"test": {"videos": 12, "captions": 0}}', "test.captions must be a whole number >= 1, is 0"),
+    ('{"test": {"videos": true, "captions": 60}}', "test.videos must be a whole number >= 1, is True"),
+    ('{"train": {"videos": 1.5, "captions": 60}}', "train.videos must be a whole number >= 1, is 1.5"),
+    ('{"tset": {"videos": 12, "captions": 60}}', "key 'tset' is no split; .* with splits train, val, test"),
+    ("[]", "holds no object"),
+    ("{", "cannot be read as JSON"),
+])  # fmt: skip
+def test_counts_of_ones_own_that_are_none(tmp_path, content, message):
+    (tmp_path / "expected.json").write_text(content)
+    with pytest.raises(AnnotationError, match=f"{tmp_path}/expected.json: {message}"):
+        with_own_counts(split_of(3, Expected(3, 3)), tmp_path)
+
+
+def test_msrvtt_counts_stand_beside_the_list_where_there_is_no_json(tmp_path):
+    (tmp_path / "test.csv").write_text("video_id,sentence\nvideo1,a\n")
+    files = AnnotationFiles(val_csv=tmp_path / "test.csv")
+    with pytest.raises(IntegrityError, match=r"msrvtt test lists 1 videos, which is none of the published lists \(1,0"):
+        check_complete(load_annotations("msrvtt", "test", files), allow_missing=False)
+    check_complete(load_annotations("msrvtt", "test", files), allow_missing=True)
+    (tmp_path / "expected.json").write_text('{"test": {"videos": 1, "captions": 1}}')
+    check_complete(load_annotations("msrvtt", "test", files), allow_missing=False)
+
+
+def test_counts_are_checked_whatever_is_missing_on_disk():
+    split = split_of(4, Expected(4, 4)).drop(["v1"])
+    check_counts(split, allow_missing=False)  # training goes on without a video
+    with pytest.raises(IntegrityError, match="1 of 4 videos"):
+        check_complete(split, allow_missing=False)
+    for expected, message in ((Expected(5, 4), "lists 4 videos where 5"), (Expected(4, 9), "holds 4 captions where 9")):
+        split = split_of(4, expected).drop(["v1"])
+        with pytest.raises(IntegrityError, match=f"{message} .*give --allow_missing"):
+            check_counts(split, allow_missing=False)
+        check_counts(split, allow_missing=True)
+
+
+def test_a_training_list_that_lost_rows_stops_the_run(sample, msrvtt_flags, tmp_path, capsys):
+    short = tmp_path / "train.csv"
+    rows = (sample / "msrvtt" / "MSRVTT_train.9k.csv").read_text().splitlines(keepends=True)
+    short.write_text("".join(rows[:-1]))
+    flags = list(msrvtt_flags)
+    flags[flags.index("--train_csv") + 1] = str(short)
+    flags += ["--do_train", "--epochs", "1", "--batch_size", "8", "--expand_msrvtt_sentences"]
+    assert main(flags) == 1
+    assert "msrvtt train lists 47 videos where 48 are expected" in capsys.readouterr().err
+    assert main([*flags, "--allow_missing", "--batch_size_val", "6"]) == 0
 
 
 def test_overlap_is_refused_and_captions_only_counted():
@@ -89,7 +137,7 @@ def test_training_videos_in_the_test_list_stop_the_training(sample, msrvtt_flags
     leaky.write_text((sample / "msrvtt" / "MSRVTT_train.9k.csv").read_text() + "video7015\n")
     flags = list(msrvtt_flags)
     flags[flags.index("--train_csv") + 1] = str(leaky)
-    assert main(["--do_train", "--epochs", "1", "--batch_size", "8", *flags]) == 1
+    assert main(["--do_train", "--epochs", "1", "--batch_size", "8", "--allow_missing", *flags]) == 1
     assert "among the training videos of the training split: 'video7015'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 

@@ -270,6 +270,8 @@ def test_msrvtt_layout(root):
     pairs = read_json(path / "order_pairs.json")
     assert {split: len(found) for split, found in pairs.items()} == {"train": 3, "val": 0, "test": 3}
     assert pairs["test"][0] == ["video7022", "video7023"]
+    own = {"train": {"videos": 19, "captions": 380}, "test": {"videos": 18, "captions": 18}}
+    assert read_json(path / "expected.json") == own
 
 
 def test_order_pairs_are_the_same_frames_reversed():

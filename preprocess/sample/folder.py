@@ -16,7 +16,7 @@ from preprocess.sample.layouts import Files
 from preprocess.sample.render import Film, write_film
 
 # Raise it when the same parameters begin to give other files, so that old folders are made again.
-FORMAT = 2
+FORMAT = 3
 DONE, STARTED = "sample.json", "sample.json.started"
 
 

@@ -50,6 +50,7 @@ class Layout:
     counts: Counts
     recipe: Recipe
     write: Callable[[Splits, np.random.Generator], Files]
+    test_list_has_captions: bool = False
 
     @property
     def has_val(self) -> bool:
@@ -233,7 +234,7 @@ def _sentence(text: str) -> str:
 
 
 LAYOUTS = {
-    "msrvtt": Layout(Counts(800, 0, 100), Recipe(captions=(20, 20)), write_msrvtt),
+    "msrvtt": Layout(Counts(800, 0, 100), Recipe(captions=(20, 20)), write_msrvtt, test_list_has_captions=True),
     "msvd": Layout(Counts(24, 8, 12), Recipe(captions=(5, 10)), write_msvd),
     "lsmdc": Layout(Counts(24, 8, 12), Recipe(captions=(1, 2), queries=(1, 1)), write_lsmdc),
     "activity": Layout(Counts(24, 0, 12), Recipe(phases=(2, 4), paragraph=True), write_activity),
