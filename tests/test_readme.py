@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import flags
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -113,3 +115,7 @@ def test_commands_of_the_data_page(sample_all, tmp_path):
     assert (tmp_path / "runs" / "sample" / "didemo" / "test_data.json").exists()
     small = tmp_path / "data" / "msrvtt" / "videos" / "small"
     assert len(list(small.glob("*.mp4"))) == 36
+
+
+def test_the_page_of_flags_is_what_the_parser_knows():
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags.page()
