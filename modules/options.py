@@ -88,6 +88,7 @@ class ModelOptions:
     pretrained_path: Path | None = flag(None, "--clip_evl: InternVideo weights to start from", type=Path)
     mergeclip: bool = flag(False, "--clip_evl: average --pretrained_path with the CLIP of --pretrained_clip_name")
     mergeweight: float = flag(0.5, "--mergeclip: weight of the CLIP")
+    zeroshot: bool = flag(False, "make sure that no fine-tuned weights are evaluated: refuse --finetuned_path")
     compat: str = flag("none", "reproduce a source project's numbers where they differ from what is right",
                        choices=("none", "clip4clip", "internvideo", "drl"))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The 24 scripts: each runs to its end on the sample of its dataset, from another directory, under paths with spaces."""
+"""The 24 scripts: each runs to its end on the sample of its dataset, from elsewhere and under paths with spaces."""
 
 import json
 import os
@@ -26,8 +26,8 @@ KINDS = {  # pattern of the path -> whether it trains, whether it has InternVide
 }
 SCRIPTS = {kind.format(name): (name, *KINDS[kind]) for kind in KINDS for name in DATATYPE}
 TWO_PROCESSES = ("zeroshot_scripts/eval_msvd.sh", "finetune_scripts/train_didemo.sh", "finetune_scripts/ret_msrvtt.sh")
-TINY = ["--max_frames", "2", "--batch_size", "24", "--epochs", "1", "--batch_size_val", "16", "--num_thread_reader", "0",
-        "--device", "cpu"]  # fmt: skip
+TINY = ["--max_frames", "2", "--batch_size", "24", "--epochs", "1", "--batch_size_val", "16", "--num_thread_reader",
+        "0", "--device", "cpu"]  # fmt: skip
 SIZES = {"embed_dim": 64, "image_resolution": 32, "vision_layers": 2, "vision_width": 64, "patch_size": 16,
          "context_length": 77, "vocab_size": 49408, "text_width": 64, "text_heads": 1, "text_layers": 1,
          "vision_heads": 1}  # fmt: skip
