@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from modules.model import VideoTextModel
 from modules.optim import freeze
 from modules.options import Options, parse_options
 from modules.progress import log, setup_logging
+from modules.provenance import provenance, starting_weights
 from modules.results import results, write_json, write_similarity
 from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadErr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error, 128 + the signal's number when asked to stop."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(argv)
     with StopRequest() as stop:
         try:
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_output(options.run.output_dir, world)
             options = resolve(options, world)
             log.info("options: %s", options.as_dict())
-            run(options, world, stop)
+            run(options, world, stop, argv)
             distributed.shutdown()
         except (Exception, Interrupted) as error:
             return ended_by(error)
@@ -114,9 +117,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(options: Options, world: World, stop: StopRequest) -> None:
+def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
-    run_options = options.run
+    run_options, began = options.run, time.perf_counter()
     seed_everything(run_options.seed)
     with main_first():  # a download is for one process
         source = weights_path(options.model)
@@ -142,6 +145,8 @@ def run(options: Options, world: World, stop: StopRequest) -> None:
     if world.is_main:
         found = results(evaluation, options.as_dict(), source, options.train.select_on if data.train else None)
         found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
+        found |= provenance(argv, options.data, dict.fromkeys([*starting_weights(options.model), source]), world,
+                            time.perf_counter() - began)  # fmt: skip
         write_json(run_options.output_dir / "results.json", found)
         if run_options.save_similarity:
             write_similarity(run_options.output_dir / "similarity.npz", evaluation)
