@@ -30,6 +30,7 @@ from modules.optim import freeze
 from modules.options import Options, parse_options
 from modules.progress import log, setup_logging
 from modules.provenance import provenance, starting_weights
+from modules.published import compare, tower_name
 from modules.results import results, write_json, write_similarity
 from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
@@ -148,6 +149,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         found |= provenance(argv, options.data, dict.fromkeys([*starting_weights(options.model), source]), world,
                             time.perf_counter() - began)  # fmt: skip
         write_json(run_options.output_dir / "results.json", found)
+        log.info("%s", "\n".join(compare(found, tower_name(options.model.clip_evl, model.clip.sizes))))
         if run_options.save_similarity:
             write_similarity(run_options.output_dir / "similarity.npz", evaluation)
         log.info("wrote %s", run_options.output_dir / "results.json")
