@@ -38,6 +38,7 @@ from modules.train import Output, train
 from modules.trainer import Trainer, TrainingError, build_optimizer, trade
 from modules.watch import open_tensorboard
 from run_data import Evaluator, RunData, load_run_data, query_bank
+from run_plan import plan
 
 USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
 
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_output(options.run.output_dir, world)
             options = resolve(options, world)
             log.info("options: %s", options.as_dict())
-            run(options, world, stop, argv)
+            if options.run.dry_run:
+                log.info("%s", "\n".join(plan(options, world)))
+            else:
+                run(options, world, stop, argv)
             distributed.shutdown()
         except (Exception, Interrupted) as error:
             return ended_by(error)

@@ -125,6 +125,7 @@ class RunOptions:
 
     do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
     do_eval: bool = flag(False, "evaluate")
+    dry_run: bool = flag(False, "check options and data, print the plan and stop; weights are not loaded")
     eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
     batch_size_val: int = flag(16, "clips per evaluation batch and process")
