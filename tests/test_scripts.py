@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,3 +186,21 @@ def test_bash_and_shellcheck_find_nothing():
     if shutil.which("shellcheck"):
         done = subprocess.run(["shellcheck", *files], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_commands_of_the_readme(sample_all, weights, tmp_path):
+    """The blocks that show a script, its dry run, the table and the repetition, as they stand, on the sample."""
+    text = "".join(path.read_text() for path in sorted(ROOT.glob("README*.md")))
+    blocks = [b for b in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "OUTPUT=" in b]
+    (tmp_path / "weights").mkdir()
+    for link, target in {"data": sample_all, "zeroshot_scripts": ROOT / "zeroshot_scripts",
+                         "weights/InternVideo-MM-L-14.ckpt": weights / "video tower.bin"}.items():  # fmt: skip
+        (tmp_path / link).symlink_to(target)
+    assert len(blocks) == 2
+    for block in blocks:
+        block = block.replace(".venv/bin/python", shlex.quote(sys.executable))
+        done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                              env=environment(CLIP=weights / "clip.bin", NPROC=1, PYTHONPATH=ROOT))  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    for end in ("dry run: nothing is wrong so far; the weights have not been read", "the same metrics"):
+        assert f"{end}\n" in done.stdout
