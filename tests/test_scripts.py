@@ -16,6 +16,7 @@ import torch
 from modules.checkpoints import ClipSizes
 from modules.clip import CLIP
 from modules.video_clip import VideoCLIP, VideoClipSizes
+from tools.run_all import main as run_all
 
 ROOT = Path(__file__).parent.parent
 DATATYPE = {"msrvtt": "msrvtt", "msvd": "msvd", "lsmdc": "lsmdc", "activitynet": "activity", "didemo": "didemo",
@@ -204,3 +205,21 @@ def test_commands_of_the_readme(sample_all, weights, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     for end in ("dry run: nothing is wrong so far; the weights have not been read", "the same metrics"):
         assert f"{end}\n" in done.stdout
+
+
+def test_all_datasets_in_one_call(sample_all, weights, tmp_path, monkeypatch, capfd):
+    """One dataset works, one lacks its videos; the second call repeats only what failed."""
+    (tmp_path / "data" / "didemo").mkdir(parents=True)
+    (tmp_path / "data" / "msvd").symlink_to(sample_all / "msvd")
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLIP", str(weights / "clip.bin"))
+    call = ["--weights", str(weights / "video tower.bin"), "--data_root", str(tmp_path / "data"), "--output_root",
+            str(tmp_path / "out"), *TINY]  # fmt: skip
+    for again in (False, True):
+        assert run_all(call) == 1
+        said = capfd.readouterr()
+        assert "| msvd | msvd | test | 12 |" in said.out
+        assert ("== msvd: its results are there" in said.out) is again
+        assert "set VIDEO_PATH to the folder of didemo's video files" in said.err
+        assert "error: didemo failed" in said.err
