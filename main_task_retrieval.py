@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ from modules.model import VideoTextModel
 from modules.optim import freeze
 from modules.options import Options, parse_options
 from modules.progress import log, setup_logging
+from modules.provenance import provenance, starting_weights
+from modules.published import compare, tower_name
 from modules.results import results, write_json, write_similarity
 from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
@@ -35,12 +38,14 @@ from modules.train import Output, train
 from modules.trainer import Trainer, TrainingError, build_optimizer, trade
 from modules.watch import open_tensorboard
 from run_data import Evaluator, RunData, load_run_data, query_bank
+from run_plan import plan
 
 USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error, 128 + the signal's number when asked to stop."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(argv)
     with StopRequest() as stop:
         try:
@@ -48,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_output(options.run.output_dir, world)
             options = resolve(options, world)
             log.info("options: %s", options.as_dict())
-            run(options, world, stop)
+            if options.run.dry_run:
+                log.info("%s", "\n".join(plan(options, world)))
+            else:
+                run(options, world, stop, argv)
             distributed.shutdown()
         except (Exception, Interrupted) as error:
             return ended_by(error)
@@ -114,9 +122,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(options: Options, world: World, stop: StopRequest) -> None:
+def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
-    run_options = options.run
+    run_options, began = options.run, time.perf_counter()
     seed_everything(run_options.seed)
     resume_from = find_last(options.train.resume_model, run_options.output_dir)
     resumed = load_last(resume_from) if resume_from else None
@@ -146,9 +154,12 @@ def run(options: Options, world: World, stop: StopRequest) -> None:
         found = results(evaluation, options.as_dict(), source, selected_on)
         found |= {"activation": model.clip.activation,
                   "overlap_with_training": data.overlap.as_dict() if data.overlap else None}  # fmt: skip
+        found |= provenance(argv, options.data, dict.fromkeys([*starting_weights(options.model), source]), world,
+                            time.perf_counter() - began)  # fmt: skip
         similarity = run_options.output_dir / "similarity.npz"
         similarity.unlink(missing_ok=True)  # one of an earlier run would belong to other results
         write_json(run_options.output_dir / "results.json", found)
+        log.info("%s", "\n".join(compare(found, tower_name(options.model.clip_evl, model.clip.sizes))))
         if run_options.save_similarity:
             write_similarity(similarity, evaluation)
         log.info("wrote %s", run_options.output_dir / "results.json")

@@ -71,7 +71,7 @@ class RunData:
     overlap: Overlap | None  # of `scored` with those; None when nothing tells what the model was trained on
 
 
-def load_run_data(options: Options, weights: Path, resumed: dict[str, Any] | None) -> RunData:
+def load_run_data(options: Options, weights: Path, resumed: dict[str, Any] | None = None) -> RunData:
     """Load and check all splits before any model is built. Raises for what cannot be measured honestly.
 
     weights: the file the model starts from; what it was trained on stands beside it if this project wrote it.

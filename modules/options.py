@@ -88,6 +88,7 @@ class ModelOptions:
     pretrained_path: Path | None = flag(None, "--clip_evl: InternVideo weights to start from", type=Path)
     mergeclip: bool = flag(False, "--clip_evl: average --pretrained_path with the CLIP of --pretrained_clip_name")
     mergeweight: float = flag(0.5, "--mergeclip: weight of the CLIP")
+    zeroshot: bool = flag(False, "make sure that no fine-tuned weights are evaluated: refuse --finetuned_path")
     compat: str = flag("none", "reproduce a source project's numbers where they differ from what is right",
                        choices=("none", "clip4clip", "internvideo", "drl"))  # fmt: skip
 
@@ -124,6 +125,7 @@ class RunOptions:
 
     do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
     do_eval: bool = flag(False, "evaluate")
+    dry_run: bool = flag(False, "check options and data, print the plan and stop; weights are not loaded")
     eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
     batch_size_val: int = flag(16, "clips per evaluation batch and process")

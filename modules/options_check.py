@@ -22,7 +22,6 @@ DEAD_FLAGS = dict.fromkeys(
 ) | {  # fmt: skip
     "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
     "use_dsl": "DSL is always reported beside the raw metrics; leave it out",
-    "zeroshot": "evaluation without --finetuned_path is zero-shot; leave it out",
 }
 
 
@@ -116,6 +115,9 @@ def _bad_combination(options: Options, given: set[str]) -> str | None:
         return "--datatype msrvtt needs --val_csv (MSRVTT_JSFUSION_test.csv)"
     if data.datatype == "msrvtt" and run.do_train and data.train_csv is None:
         return "--datatype msrvtt with --do_train needs --train_csv (MSRVTT_train.9k.csv)"
+    if model.zeroshot and (run.do_train or model.finetuned_path or model.init_model):
+        wrong = "do_train" if run.do_train else "finetuned_path" if model.finetuned_path else "init_model"
+        return f"--zeroshot evaluates weights as they were pre-trained; leave it or --{wrong} out"
     if model.init_model and model.finetuned_path:
         return "--init_model and --finetuned_path both name the weights to load; give one"
     if run.do_train and model.finetuned_path:

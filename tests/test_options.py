@@ -13,6 +13,7 @@ feature_framerate features_path finetuned_path freeze_layer_num interaction line
 max_words n_display num_thread_reader output_dir pretrained_clip_name sim_header slice_framepos train_csv val_csv
 init_model resume_model seed warmup_proportion gradient_accumulation_steps cross_num_hidden_layers train_frame_order
 eval_frame_order cache_dir fp16 local_rank local-rank clip_evl mergeclip mergeweight pretrained_path wti_arch cdcr
+zeroshot
 """
 
 
@@ -62,6 +63,8 @@ def test_booleans_mean_what_they_say(text, value):
     (["--allow_missing=perhaps"], "expected true or false, got 'perhaps'"),
     (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
     (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
+    (["--zeroshot", "--finetuned_path", "b"], "--zeroshot evaluates weights as they were pre-trained; leave it"),
+    (["--use_dsl"], "--use_dsl DSL is always reported beside the raw metrics"),
     (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
     (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1, got 0"),
     (["--gradient_accumulation_steps", "9", "--batch_size", "8"],

@@ -14,6 +14,7 @@ FORBIDDEN = {
     "preprocess": {"tools", "benchmarks", "tests", "main_task_retrieval", "run_data"},
     "main_task_retrieval.py": {"preprocess", "tools", "benchmarks", "tests"},
     "run_data.py": {"preprocess", "tools", "benchmarks", "tests", "main_task_retrieval"},
+    "run_plan.py": {"preprocess", "tools", "benchmarks", "tests", "main_task_retrieval"},
     "benchmarks": {"tools", "tests"},
 }
 LONGEST_FILE, LONGEST_TEST_FILE, LONGEST_FUNCTION = 250, 520, 60

@@ -1,0 +1,71 @@
+"""``--dry_run``: everything a run checks before its model is built, and what it would do; no weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modules.build import weights_path
+from modules.checkpoints import CheckpointError
+from modules.distributed import World
+from modules.download import OPENAI_CLIP
+from modules.options import ModelOptions, Options
+from modules.options_check import AUTO
+from modules.resume import LAST, SELECTED
+from run_data import Evaluator, RunData, load_run_data, query_bank
+
+CONTEXT = 77  # tokens that OpenAI's CLIPs read
+
+
+def weight_files(model: ModelOptions) -> dict[Path, str]:
+    """The files that a run starts from, each with what will happen to it. CheckpointError for one that is not there."""
+    own = [flag for flag in ("finetuned_path", "init_model", "pretrained_path") if getattr(model, flag)]
+    found = {weights_path(model): f"of --{own[0]}"} if own else {}
+    if own and not (model.mergeclip and own == ["pretrained_path"]):
+        return found
+    if model.pretrained_clip_name not in OPENAI_CLIP:
+        path = Path(model.pretrained_clip_name).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"--pretrained_clip_name {path}: no such file, and not one of the names "
+                                  f"{', '.join(OPENAI_CLIP)}")  # fmt: skip
+        return found | {path: "of --pretrained_clip_name"}
+    path = model.cache_dir.expanduser() / OPENAI_CLIP[model.pretrained_clip_name][0]
+    return found | {path: "in --cache_dir" if path.exists() else "will be downloaded"}
+
+
+def training_steps(options: Options, world: World, data: RunData) -> list[str]:
+    """Lines on training. Raises ValueError for a batch that does not fit the data or the processes."""
+    evaluator = Evaluator(options, world, tokenize=list, image_size=1)  # nothing is read or tokenised
+    loader, training = evaluator.training_pairs(data.train), options.train
+    return [
+        f"train: {len(data.train.videos)} videos, {len(loader.dataset)} items; --batch_size {training.batch_size} = "
+        f"{world.size} process(es) x {training.batch_size // world.size}, in {training.gradient_accumulation_steps} "
+        f"piece(s); {training.epochs} epochs x {len(loader)} steps = {training.epochs * len(loader)} steps",
+        f"selects the epoch on: {training.select_on} ({len(data.selection.videos)} videos)",
+    ]  # fmt: skip
+
+
+def plan(options: Options, world: World) -> list[str]:
+    """What the run would do, in lines. Raises for everything that it would stop at before its weights are read."""
+    data_options, run, resume = options.data, options.run, options.train.resume_model
+    weights = weight_files(options.model)
+    if options.model.pretrained_clip_name in OPENAI_CLIP and data_options.max_words > CONTEXT:
+        raise ValueError(f"--max_words must be at most {CONTEXT} for this CLIP, got {data_options.max_words}")
+    if resume and resume != AUTO and not resume.is_file():
+        raise CheckpointError(f"--resume_model {resume}: no such file; it takes a run's checkpoint_last.pt, or auto")
+    data = load_run_data(options, next(iter(weights)))
+    lines = [f"--{name} {value}" for name, value in options.as_dict().items()]
+    lines += [f"weights: {path} ({what})" for path, what in weights.items()]
+    lines.append(f"on: {world.device}, {world.size} process(es), {run.precision}")
+    files = ["log.txt", "results.json", *(["similarity.npz"] if run.save_similarity else [])]
+    if data.train is not None:
+        lines += training_steps(options, world, data)
+        files += ["history.jsonl", SELECTED, f"{SELECTED}.json", LAST]
+    bank = query_bank(options)
+    scored = data.scored
+    lines.append(f"evaluate: {scored.dataset} {scored.name}: {len(scored.videos)} videos, {len(scored.captions)} "
+                 f"captions, {run.batch_size_val} clips a batch and process")  # fmt: skip
+    if bank is not None:
+        lines.append(f"query bank: {len(bank.captions)} captions")
+    written = [f"{run.output_dir / name}{' (overwritten)' if (run.output_dir / name).exists() else ''}"
+               for name in files if name != "log.txt"]  # fmt: skip
+    return [*lines, "writes: " + ", ".join(written), "dry run: nothing is wrong so far; the weights have not been read"]

@@ -1,0 +1,97 @@
+"""Repeat a finished run from its results.json, and say whether the metrics came out the same.
+
+    python -m tools.rerun runs/x/results.json
+
+It runs in the same folder with the same number of processes and writes to --output_dir. Annotation files and weights
+must have the SHA-256 that they had. Exit status 0: the same metrics; 1: others, or the run cannot be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modules.provenance import git_revision, sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def changed_files(found: dict[str, Any]) -> list[str]:
+    """What the run read and is gone or differs now. What the run itself wrote is not among it."""
+    folder, own = Path(found["folder"]), Path(found["options"]["output_dir"])
+    problems = []
+    for hashes in found["sha256"].values():
+        for name, digest in hashes.items():
+            path = folder / Path(name).expanduser()
+            if Path(name).parent == own and found["options"]["do_train"]:
+                continue
+            if not path.is_file():
+                problems.append(f"{path} is gone")
+            elif sha256_of(path) != digest:
+                problems.append(f"{path} has changed")
+    return problems
+
+
+def command_of(found: dict[str, Any], output_dir: Path) -> list[str]:
+    """The command line that repeats the run; of a repeated flag the last one counts."""
+    launcher = [sys.executable]
+    if found["processes"] > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={found['processes']}"]
+    script, *flags = found["command"]
+    return [*launcher, str(ROOT / script), *flags, "--output_dir", str(output_dir)]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Every metric that is not the same, as a line."""
+    return [
+        f"{kind} {direction} {name}: {value} before, {after.get(kind, {}).get(direction, {}).get(name)} now"
+        for kind, both in before.items() for direction, row in both.items() for name, value in row.items()
+        if after.get(kind, {}).get(direction, {}).get(name) != value
+    ]  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("tools.rerun", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="results.json of the run")
+    parser.add_argument("--output_dir", type=Path, help="where to write; default: the run's own with _rerun added")
+    parser.add_argument("--allow_changed", action="store_true", help="go on with files that have changed")
+    parser.add_argument("--show", action="store_true", help="print the command and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    asked = build_parser().parse_args(argv)
+    try:
+        found = json.loads(asked.file.read_text(encoding="utf-8"))
+        own = asked.file.resolve().parent
+        output_dir = (asked.output_dir or own.with_name(f"{own.name}_rerun")).absolute()
+        command = command_of(found, output_dir)
+        problems = changed_files(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {asked.file} is not a results.json that tells how to repeat its run: {error!r}", file=sys.stderr)
+        return 1
+    print(f"cd {shlex.quote(found['folder'])} && {shlex.join(command)}", flush=True)
+    if asked.show:
+        return 0
+    if git_revision() != found["git"]:
+        print(f"note: the code was {found['git']} and is {git_revision()}", file=sys.stderr)
+    if problems and not asked.allow_changed:
+        print(f"error: {'; '.join(problems)}. --allow_changed runs all the same", file=sys.stderr)
+        return 1
+    done = subprocess.run(command, cwd=found["folder"])
+    if done.returncode:
+        return 1
+    again = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
+    different = differences(found["metrics"], again["metrics"])
+    print("\n".join(different) or "the same metrics")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Zero-shot with InternVideo's tower on every dataset that is there, then one table.
+
+    python -m tools.run_all --weights weights/InternVideo-MM-L-14.ckpt --data_root data
+
+A dataset is there when --data_root holds a folder of its --datatype name. Further flags go to every evaluation, which
+checks its data before it measures. A dataset that fails does not stop the others; a second call takes up those whose
+results are there from the same weights and flags, and runs the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from modules.options import DATATYPES
+from tools.results import as_markdown, read_run, table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
+    """Whether `folder` holds results from these weights and ending with these flags."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        same_flags = found["command"][len(found["command"]) - len(flags) :] == list(flags)
+        return same_flags and found["options"]["pretrained_path"] == str(weights)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def evaluate(datatype: str, data: Path, out: Path, weights: Path, flags: Sequence[str]) -> int:
+    """Run the dataset's own script; returns its exit status."""
+    script = ROOT / "zeroshot_scripts" / f"eval_{'activitynet' if datatype == 'activity' else datatype}.sh"
+    places = {"DATA_PATH": str(data), "OUTPUT": str(out), "WEIGHTS": str(weights)}
+    environment = {k: v for k, v in os.environ.items() if k != "VIDEO_PATH"}  # each dataset has videos of its own
+    return subprocess.run(["bash", str(script), *flags],
+                          env={"PYTHON": sys.executable} | environment | places).returncode  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when every dataset that is there has results, else 1."""
+    parser = argparse.ArgumentParser("tools.run_all", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, required=True, help="InternVideo's pre-trained checkpoint")
+    parser.add_argument("--data_root", type=Path, required=True, help="folder of the datasets' folders")
+    parser.add_argument("--output_root", type=Path, default=Path("runs/run_all"), help="a folder for each dataset")
+    asked, flags = parser.parse_known_args(argv)
+    weights, root, out = (p.absolute() for p in (asked.weights, asked.data_root, asked.output_root))
+    present = [datatype for datatype in DATATYPES if (root / datatype).is_dir()]
+    if not present:
+        parser.error(f"--data_root {root} holds none of the folders {', '.join(DATATYPES)}")
+    failed = []
+    for datatype in present:
+        done = is_done(out / datatype, weights, flags)
+        print(f"== {datatype}{': its results are there' if done else ''}", flush=True)
+        if not done and evaluate(datatype, root / datatype, out / datatype, weights, flags):
+            failed.append(datatype)
+    measured = [read_run(out / datatype) for datatype in present if datatype not in failed]
+    if measured:
+        print(as_markdown(table(measured)))
+    for datatype in failed:
+        print(f"error: {datatype} failed; what it said is above and in {out / datatype}/log.txt", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

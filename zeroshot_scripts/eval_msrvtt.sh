@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Zero-shot on MSR-VTT with InternVideo's tower (ViT-L/14), averaged with CLIP's weights. --help says more.
+set -euo pipefail
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/launch.sh" zeroshot msrvtt \
+  --mergeclip True \
+  --batch_size_val 16 --max_words 77 --max_frames 8 --num_thread_reader 4 \
+  "$@"
