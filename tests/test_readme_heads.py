@@ -27,7 +27,7 @@ def test_the_example_trains_and_evaluates_and_passes_the_tests_of_heads(msrvtt_f
     tree = tmp_path / "tree"
     for folder in ("modules", "dataloaders", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    for name in ("main_task_retrieval.py", "run_data.py", "pyproject.toml"):
+    for name in ("main_task_retrieval.py", "run_data.py", "run_plan.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     path, source = example()
     (tree / path).write_text(source, encoding="utf-8")
