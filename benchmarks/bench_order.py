@@ -36,8 +36,7 @@ HEADS = {
 }
 KINDS = {"single": "moves or changes", "sequence": "take turns"}  # layout of a scene -> what its pair differs in
 SECONDS, FRAMES, FRAMERATE = "1.018", "4", "3"
-CLIP = {"resolution": 32, "patch": 16, "vision_width": 64, "vision_layers": 2, "text_width": 64, "text_layers": 2,
-        "embed_dim": 64}  # fmt: skip
+CLIP = {"resolution": 64, "patch": 16, "vision_layers": 2, "text_layers": 2}
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="HEAD", help=", ".join(HEADS))
     add("--epochs", type=int, default=60)
     add("--batch_size", type=int, default=64)
-    add("--lr", type=float, default=1e-3)
-    add("--n_train", type=int, default=3, help="training clips beside the pairs; of these there are --order_pairs x "
+    add("--lr", type=float, default=3e-4)
+    add("--n_train", type=int, default=4, help="training clips beside the pairs; of these there are --order_pairs x "
         "--n_train / --n_test")  # fmt: skip
     add("--n_test", type=int, default=1, help="test clips beside the pairs")
-    add("--order_pairs", type=int, default=150, help="pairs of test clips")
+    add("--order_pairs", type=int, default=100, help="pairs of test clips")
     add("--seed", type=int, default=0, help="of the clips, of the untrained CLIP and of training")
     add("--output_dir", type=Path, default=Path("runs/order"), help="gets the clips and one folder a head")
     return parser
@@ -159,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.output_dir.resolve()
     data = out / "data"
     status = make_sample_data([
-        "--output_dir", str(data), "--datatype", "msrvtt", "--seed", str(args.seed), "--resolution", "32",
+        "--output_dir", str(data), "--datatype", "msrvtt", "--seed", str(args.seed), "--resolution", "64",
         "--n_train", str(args.n_train), "--n_test", str(args.n_test), "--order_pairs", str(args.order_pairs),
         "--min_seconds", SECONDS, "--max_seconds", SECONDS,
         *(part for name, value in CLIP.items() for part in (f"--clip_{name}", str(value))),
