@@ -1,0 +1,69 @@
+"""The order benchmark: its accuracy on matrices that a reader can check, its frames, and a short run of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, interval, pair_wins
+from dataloaders.frames import FrameSampling
+from preprocess.sample.plan import RATES
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_pair_wins_on_a_matrix_by_hand():
+    """Videos 0-1 and 2-3 are pairs, 4 is none. Captions are stored as those of videos 1, 0, 2, 3, 4."""
+    similarity = np.array([
+        [0.3, 0.7, 9, 9, 9],  # of video 1: itself above 0
+        [0.2, 0.8, 9, 9, 9],  # of video 0: 1 above itself
+        [9, 9, 0.5, 0.5, 9],  # of video 2: a tie with 3
+        [9, 9, 0.4, 0.6, 9],  # of video 3: itself above 2
+        [0, 0, 0, 0, 0],
+    ])  # fmt: skip
+    t2v, v2t = pair_wins(similarity, np.array([1, 0, 2, 3, 4]), np.array([[0, 1], [2, 3]]))
+    assert t2v.tolist() == [[False, True], [False, True]]
+    # video 0: 0.2 against 0.3; video 1: 0.7 against 0.8; video 2: 0.5 against 0.4; video 3: 0.6 against 0.5
+    assert v2t.tolist() == [[False, False], [True, True]]
+
+
+def test_two_captions_of_one_video_are_refused():
+    with pytest.raises(ValueError, match="exactly one caption"):
+        pair_wins(np.zeros((3, 2)), np.array([0, 1, 1]), np.array([[0, 1]]))
+
+
+def test_interval():
+    """Wilson's for 50 of 100, with continuity neither here nor there: 40.4 to 59.6; for 10 of 10: 72.2 to 100."""
+    assert interval(np.tile([True, False], (100, 1))) == pytest.approx((40.38, 59.62), abs=0.01)
+    assert interval(np.ones((10, 2), dtype=bool)) == pytest.approx((72.25, 100), abs=0.01)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_frames_of_a_reversed_clip_are_those_of_the_clip(rate):
+    """Four frames, and mirroring their places in the clip gives the same places."""
+    count = round(float(SECONDS) * float(rate))
+    chosen = FrameSampling("stride", int(FRAMERATE), int(FRAMES)).choose(float(rate), count)
+    assert len(chosen) == 4
+    assert [count - 1 - index for index in reversed(chosen)] == chosen
+
+
+def test_short_run_prints_the_table(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "clip_evl", "--epochs", "1",
+         "--n_train", "2", "--n_test", "1", "--order_pairs", "3", "--batch_size", "7", "--output_dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows == ["head", "---", "meanP", "clip_evl"]
+
+
+def test_an_impossible_number_names_its_flag(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_order", "--order_pairs", "0", "--output_dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--order_pairs must be >= 1, got 0" in done.stderr
