@@ -14,6 +14,9 @@ from modules.resume import LAST, SELECTED
 from run_data import Evaluator, RunData, load_run_data, query_bank
 
 CONTEXT = 77  # tokens that OpenAI's CLIPs read
+# Of OpenAI's CLIPs: parameters, layers and width of the image tower, tokens of an image.
+SIZES = {"ViT-B/32": (151.3e6, 12, 768, 50), "ViT-B/16": (149.6e6, 12, 768, 197), "ViT-L/14": (427.6e6, 24, 1024, 257)}
+KEPT = 17  # numbers that a transformer layer keeps per token and channel, attention fused (arXiv 2205.05198, section 4)
 
 
 def weight_files(model: ModelOptions) -> dict[Path, str]:
@@ -44,6 +47,28 @@ def training_steps(options: Options, world: World, data: RunData) -> list[str]:
     ]  # fmt: skip
 
 
+def memory(options: Options, world: World) -> str:
+    """A rough line on the memory of one process: parameters and optimiser in float32, activations of the image tower.
+
+    The text tower adds little. Sizes of a file are known once it is read, so there is no estimate for one.
+    """
+    model, training, run = options.model, options.train, options.run
+    if model.pretrained_clip_name not in SIZES or model.finetuned_path or model.init_model or model.pretrained_path:
+        return "memory: no estimate, the sizes of the model are in its file"
+    parameters, layers, width, tokens = SIZES[model.pretrained_clip_name]
+    size = 4 if run.precision == "fp32" else 2
+    if run.do_train:
+        clips = -(-training.batch_size // world.size // training.gradient_accumulation_steps)
+        kept = (layers + KEPT) if training.grad_checkpointing else layers * KEPT
+        fixed = 16 * parameters  # weights, gradient, two moments
+    else:
+        clips, kept, fixed = run.batch_size_val, KEPT, 4 * parameters
+    activations = clips * options.data.max_frames * tokens * width * kept * size
+    held = "weights and optimiser" if run.do_train else "weights"
+    return (f"memory: roughly {(fixed + activations) / 2**30:.1f} GiB a process: {fixed / 2**30:.1f} for {held}, "
+            f"{activations / 2**30:.1f} for {clips} clips at a time of {options.data.max_frames} frames")  # fmt: skip
+
+
 def plan(options: Options, world: World) -> list[str]:
     """What the run would do, in lines. Raises for everything that it would stop at before its weights are read."""
     data_options, run, resume = options.data, options.run, options.train.resume_model
@@ -55,7 +80,7 @@ def plan(options: Options, world: World) -> list[str]:
     data = load_run_data(options, next(iter(weights)))
     lines = [f"--{name} {value}" for name, value in options.as_dict().items()]
     lines += [f"weights: {path} ({what})" for path, what in weights.items()]
-    lines.append(f"on: {world.device}, {world.size} process(es), {run.precision}")
+    lines += [f"on: {world.device}, {world.size} process(es), {run.precision}", memory(options, world)]
     files = ["log.txt", "results.json", *(["similarity.npz"] if run.save_similarity else [])]
     if data.train is not None:
         lines += training_steps(options, world, data)

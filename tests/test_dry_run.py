@@ -43,3 +43,18 @@ def test_a_clip_to_download_is_only_named(msrvtt_flags, tmp_path, capsys, monkey
     assert main(["--do_eval", "--dry_run", *msrvtt_flags, *flags]) == 0
     assert f"weights: {tmp_path}/cache/ViT-B-16.pt (will be downloaded)\n" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("more", "fixed", "activations"), [
+    # 151.3 M parameters x 16 bytes; 20 clips x 3 frames x 50 tokens x 768 channels x 12 layers x 17 numbers x 4 bytes
+    ([], "2.3 for weights and optimiser", "1.8 for 20 clips at a time of 3 frames"),
+    (["--gradient_accumulation_steps", "4"], "2.3 for weights and optimiser", "0.4 for 5 clips at a time of 3 frames"),
+])  # fmt: skip
+def test_memory_of_a_known_clip(more, fixed, activations, msrvtt_flags, capsys):
+    assert main([*msrvtt_flags, *TRAIN, "--pretrained_clip_name", "ViT-B/32", *more]) == 0
+    assert f"GiB a process: {fixed}, {activations}\n" in capsys.readouterr().out
+
+
+def test_memory_of_a_file_is_not_guessed(msrvtt_flags, capsys):
+    assert main([*msrvtt_flags, *TRAIN]) == 0
+    assert "memory: no estimate, the sizes of the model are in its file\n" in capsys.readouterr().out
