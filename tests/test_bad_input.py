@@ -33,6 +33,7 @@ def refused(capsys, flags: list[str], action: str = "--do_eval") -> str:
     ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video1,a dog\nret1,msr2,video2\n", ["bad.csv", "line 3"]),
     ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video7010,\n", ["bad.csv", "line 2"]),
     ("val_csv", "", ["bad.csv", "no row in the file"]),
+    ("val_csv", "key,vid_key,video_id,Sentence\nret0,msr1,video7010,a dog\n", ["bad.csv", "line 1", "'sentence'"]),
 ])  # fmt: skip
 def test_a_bad_list(msrvtt_flags, tmp_path, capsys, flag, content, expected):
     path = tmp_path / "bad.csv"
