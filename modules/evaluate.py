@@ -69,8 +69,6 @@ def in_order(
     """Batches of all ranks -> (index sorted ascending, items in that order)."""
     local_index = torch.cat(index).to(device) if index else torch.empty(0, dtype=torch.long, device=device)
     all_index = gather_rows(local_index).cpu()
-    if not len(all_index):
-        raise DataError("not a single item could be encoded: there is nothing to evaluate")
     order = all_index.argsort()
     items = gather_rows(concat(rows) if rows else None, device)
     return all_index[order], take(items, order.to(device))
@@ -89,8 +87,12 @@ def encode_videos(
             with autocast(world.device, precision):
                 rows.append(as_float32(model.encode_video(frames, mask)))
             index.append(batch.index)
-    order, videos = in_order(index, rows, world.device)
-    return order, videos, [failure for part in gather_objects(failures) for failure in part]
+    everywhere = [failure for part in gather_objects(failures) for failure in part]
+    if not any(gather_objects(bool(index))):
+        listed = "\n".join(f"  {message}" for _, message in sorted(everywhere)[:5])
+        raise DataError(f"none of the {len(everywhere)} videos can be read, the first:\n{listed}\nRepair them, or give "
+                        "another --features_path")  # fmt: skip
+    return *in_order(index, rows, world.device), everywhere
 
 
 def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:

@@ -113,3 +113,19 @@ def test_annotations_that_are_not_there(trained, tmp_path, capsys):
     flags[flags.index("--data_path") + 1] = str(tmp_path / "typo.json")
     assert main(["--do_eval", *flags, "--output_dir", str(tmp_path / "out")]) == 1
     assert "typo.json: no such file or folder" in capsys.readouterr().err
+
+
+def test_when_no_video_at_all_can_be_read_the_files_are_named(trained, sample, tmp_path, capsys):
+    _, flags = trained
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for path in (sample / "msrvtt" / "videos" / "all").iterdir():
+        (videos / path.name).write_bytes(b"no video")
+    flags = list(flags)
+    flags[flags.index("--features_path") + 1] = str(videos)
+    for more in ([], ["--allow_missing"]):
+        assert main(["--do_eval", *flags, *more, "--output_dir", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert "none of the 12 videos can be read" in error
+        assert f"{videos}/video7010.mp4" in error
+    assert not (tmp_path / "out" / "results.json").exists()
