@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ class RetrievalSplit:
                 f"caption {n} ({self.captions[n]!r}) points at video {index[n]}, there are {len(self.videos)}"
             )
         for n, caption in enumerate(self.captions):
-            if not caption.strip():
+            # As CLIP's tokenizer cleans text: a caption of "&nbsp;" alone has no token.
+            if not caption.strip() or ("&" in caption and not unescape(unescape(caption)).strip()):
                 raise self._error(f"caption {n} of video {self.videos[index[n]].video_id!r} is empty")
         bare = np.flatnonzero(np.bincount(index, minlength=len(self.videos)) == 0)
         if bare.size:

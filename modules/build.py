@@ -172,7 +172,9 @@ def build_model(
     checkpoint, tensors = read_tower(options)
     path = checkpoint.path
     activation = choose_activation(options, checkpoint, path)
+    in_file = tensors.keys()
     clip, tensors = build_clip(options, tensors, activation, path)
+    new_parts = frozenset(tensors.keys() - in_file)
     sizes = clip.sizes
     head = build_head(options.sim_header, sizes, head_options(options, max_words, max_frames))
     tensors = without_ignored(tensors, head)
@@ -187,6 +189,7 @@ def build_model(
             raise CheckpointError(f"{path} holds no {CONV3D}: it was trained with --linear_patch 2d")
     source_frames = max_frames if options.clip_evl and options.compat == "internvideo" else None
     model = VideoTextModel(clip, head, scales_evaluation(options), source_frames, options.cdcr_lambda)
+    model.new_parts = new_parts
     new = missing_head_parts(head, tensors)
     if new:
         log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, "*, ".join(new))

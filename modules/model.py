@@ -25,6 +25,7 @@ class VideoTextModel(nn.Module):
     scale_evaluation: :meth:`similarity` includes the logit scale, as the loss does; InternVideo (ti, wti) and DRL
     evaluate without it. source_frames: with InternVideo's tower, fill clips to this number of frames that take part,
     as that project does; None: padding takes no part. cdcr_weight: of the head's regularizer in the loss.
+    Attribute `new_parts`: names under ``clip.`` that were in no file of weights.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class VideoTextModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.clip, self.head = clip, head
+        self.new_parts: frozenset[str] = frozenset()
         self.scale_evaluation, self.source_frames, self.cdcr_weight = scale_evaluation, source_frames, cdcr_weight
         for name, parameter in clip.named_parameters():
             if name.startswith(unused_parts(clip, head)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -147,11 +147,12 @@ def is_decayed(name: str, parameter: Tensor, compat: str) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, coef_lr: float, weight_decay: float, compat: str
+    model: nn.Module, lr: float, coef_lr: float, weight_decay: float, compat: str, new: Collection[str] = ()
 ) -> list[dict[str, object]]:
     """Four groups: decayed CLIP, decayed rest, other CLIP, other rest; CLIP learns at ``lr * coef_lr``.
 
-    Each has ``params``, ``names``, ``lr`` and ``weight_decay``. Frozen parameters are left out.
+    Each has ``params``, ``names``, ``lr`` and ``weight_decay``. Frozen parameters are left out. `new`: names under
+    ``clip.`` that count as the rest, because they start from nothing.
     """
     groups: dict[tuple[bool, bool], dict[str, object]] = {}
     for decay in (True, False):
@@ -163,7 +164,7 @@ def parameter_groups(
     for full_name, parameter in model.named_parameters():
         name = parameter_name(full_name)
         if parameter.requires_grad:
-            group = groups[is_decayed(name, parameter, compat), name.startswith("clip.")]
+            group = groups[is_decayed(name, parameter, compat), name.startswith("clip.") and name not in new]
             group["params"].append(parameter)
             group["names"].append(name)
     return list(groups.values())

@@ -100,7 +100,8 @@ class TrainOptions:
     epochs: int = flag(5, "passes over the training pairs")
     batch_size: int = flag(128, "training pairs per step, over all processes")
     lr: float = flag(1e-4, "learning rate of what is new")
-    coef_lr: float = flag(1e-3, "CLIP learns at lr * coef_lr")
+    coef_lr: float = flag(1e-3, "CLIP learns at lr * coef_lr, but temporal parts of --clip_evl that "
+                          "no file of weights holds at lr (with --compat at lr * coef_lr too)")  # fmt: skip
     warmup_proportion: float = flag(0.1, "share of the steps spent warming up")
     weight_decay: float = flag(0.2, "decoupled weight decay")
     freeze_layer_num: int = flag(0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower")

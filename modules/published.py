@@ -44,10 +44,15 @@ def differences(row: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def beside(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
-    """A table of published, measured and their difference, for what the row holds."""
+def beside(row: Mapping[str, Any], metrics: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """A table of published, measured and their difference, for what the row holds.
+
+    How clips were read is said and not compared: the papers do not give all of it.
+    """
     kind = row["postprocessing"]
-    lines = [f"beside {row['source']}, {row['weights']}, {row['tower']}, {row['head']}, {kind}:"]
+    lines = [f"beside {row['source']}, {row['weights']}, {row['tower']}, {row['head']}, {kind};",
+             f"here at most {options['max_frames']} frames by the {options['frame_rule']} rule, "
+             f"{options['feature_framerate']} a second, {options['max_words']} words:"]
     for direction, values in row["metrics"].items():
         own = metrics[kind][direction]
         lines.append(f"{TITLES[direction]:<16}" + "".join(f"{name:>8}" for name in values))
@@ -67,7 +72,7 @@ def compare(found: Mapping[str, Any], tower: str) -> list[str]:
     ours = protocol_of(found, tower)
     same = [row for row in rows if not differences(row, ours)]
     if same:
-        return [line for row in same for line in beside(row, found["metrics"])]
+        return [line for row in same for line in beside(row, found["metrics"], found["options"])]
     if not rows:
         return [f"no published row for {found['dataset']}"]
     nearest = min(rows, key=lambda row: len(differences(row, ours)))

@@ -35,8 +35,13 @@ class NonFiniteError(TrainingError):
 
 
 def build_optimizer(model: VideoTextModel, options: TrainOptions, compat: str, total_steps: int) -> BertAdam:
-    """BertAdam with the settings of CLIP4Clip over the four parameter groups."""
-    groups = parameter_groups(model, options.lr, options.coef_lr, options.weight_decay, compat)
+    """BertAdam with the settings of CLIP4Clip over the four parameter groups.
+
+    The sources train all that is named ``clip.`` at the small rate of pre-trained weights, at which temporal parts that
+    start from nothing would stay there: only `compat` keeps that.
+    """
+    new = model.new_parts if compat == "none" else ()
+    groups = parameter_groups(model, options.lr, options.coef_lr, options.weight_decay, compat, new)
     return BertAdam(
         groups, lr=options.lr, warmup=options.warmup_proportion, schedule="warmup_cosine", t_total=total_steps,
         betas=(0.9, 0.98), eps=1e-6, weight_decay=options.weight_decay, max_grad_norm=1.0,

@@ -45,6 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--n_{split}", type=int, default=argparse.SUPPRESS, help=f"{split} clips (default: {defaults})")
     order = "msrvtt: add so many pairs of test clips that differ in frame order only, and as many a clip to train"
     add("--order_pairs", type=int, default=0, help=order)
+    add("--captions", choices=("varied", "plain"), default="varied", help="plain: one a clip (paragraphs stay whole), "
+        "with every fact in one fixed wording")  # fmt: skip
     add("--resolution", type=int, default=96, help="short side of the smallest clips, pixels")
     add("--min_seconds", type=float, default=2.0, help="shortest clip, seconds (didemo: always 5 a moment)")
     add("--max_seconds", type=float, default=5.0, help="longest clip, seconds")
@@ -98,12 +100,15 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     folder = args.output_dir / datatype
     counts = counts_of(args, datatype)
     seconds = (args.min_seconds, args.max_seconds)
-    parameters = {"datatype": datatype, "seed": args.seed, "resolution": args.resolution, "seconds": list(seconds)}
+    parameters = {"datatype": datatype, "seed": args.seed, "resolution": args.resolution, "seconds": list(seconds),
+                  "captions": args.captions}  # fmt: skip
     parameters |= asdict(counts)
     if not args.force and is_up_to_date(folder, parameters):
         print(f"{folder} is up to date")
         return
     layout = LAYOUTS[datatype]
+    if args.captions == "plain":
+        layout = replace(layout, recipe=layout.recipe.in_plain_words())
     # Each dataset has a stream of its own, so that --datatype all writes what single runs write.
     rng = np.random.default_rng([args.seed, zlib.crc32(datatype.encode())])
     splits = Planner(layout.recipe, args.resolution, seconds, rng).splits(counts)

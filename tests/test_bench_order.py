@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, interval, pair_wins
+from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, batches
+from benchmarks.order_scores import interval, pair_wins
 from dataloaders.frames import FrameSampling
 from preprocess.sample.plan import RATES
 
@@ -44,20 +45,31 @@ def test_interval():
 def test_the_frames_of_a_reversed_clip_are_those_of_the_clip(rate):
     """Four frames, and mirroring their places in the clip gives the same places."""
     count = round(float(SECONDS) * float(rate))
-    chosen = FrameSampling("stride", int(FRAMERATE), int(FRAMES)).choose(float(rate), count)
+    chosen = FrameSampling("stride", FRAMERATE, FRAMES).choose(float(rate), count)
     assert len(chosen) == 4
     assert [count - 1 - index for index in reversed(chosen)] == chosen
 
 
+def test_batches_hold_whole_pairs():
+    pairs = np.arange(20).reshape(10, 2)
+    found = list(batches(pairs, 4, np.random.default_rng(0)))
+    assert [len(index) for index in found] == [8, 8]
+    assert all((index[::2] + 1 == index[1::2]).all() for index in found)
+    assert len(set(np.concatenate(found))) == 16
+
+
 def test_short_run_prints_the_table(tmp_path):
+    """Every kind of head: with a position table, without, and the tower with temporal parts of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "clip_evl", "--epochs", "1",
-         "--n_train", "2", "--n_test", "1", "--order_pairs", "3", "--batch_size", "7", "--output_dir", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "seqTransf", "clip_evl", "--epochs",
+         "1", "--clip_epochs", "1", "--n_train", "2", "--n_test", "1", "--order_pairs", "3", "--batch_pairs", "4",
+         "--output_dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows == ["head", "---", "meanP", "clip_evl"]
+    tables = done.stdout.split("| head |")[1:]  # one as soon as a head is done
+    rows = [line.split("|")[1].strip() for line in tables[-1].splitlines() if line.startswith("|")]
+    assert (len(tables), rows) == (3, ["---", "meanP", "seqTransf", "clip_evl"])
 
 
 def test_an_impossible_number_names_its_flag(tmp_path):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
@@ -37,9 +38,19 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-def test_three_frames_a_second_short_side_224(root):
+@pytest.fixture(params=["pyav", "ffmpeg"])
+def backend(request, tmp_path, monkeypatch) -> str:
+    """Each backend; for the second a real ffmpeg is put on PATH, that of the package imageio-ffmpeg."""
+    if request.param == "ffmpeg":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return request.param
+
+
+def test_three_frames_a_second_short_side_224(root, backend):
     make_video(root / "in" / "movie" / "clip.avi", 90, codec="mpeg4", size=(100, 64))
-    assert compress(root) == 0
+    assert compress(root, "--backend", backend) == 0
     images, rate = frames_of(root / "out" / "movie" / "clip.mp4")
     assert rate == 3
     assert images[0].shape == (224, 350, 3)  # 100 * 224 / 64
@@ -58,14 +69,14 @@ def test_target_size_rounds_the_long_side_down_to_even(shape, expected):
     assert target_size(*shape, 224) == expected
 
 
-def test_portrait_rotated_shifted_and_very_short_videos(root):
+def test_portrait_rotated_shifted_and_very_short_videos(root, backend):
     upright = make_video(root / "in" / "portrait.mkv", 45, size=(64, 96))
     rotated = make_video(root / "in" / "rotated.mp4", 45, rotation=90)
     copy_stream(rotated, root / "in" / "late.mp4", shift=5.0)
     make_video(root / "in" / "short.mp4", 1)
     make_video(root / "in" / "10@N_a..mov", 30)
     make_video(root / "in" / "bare.mov", 30).rename(root / "in" / "bare.")
-    assert compress(root) == 0
+    assert compress(root, "--backend", backend) == 0
     for name in ("portrait", "rotated", "late"):
         images, _ = frames_of(root / "out" / f"{name}.mp4")
         assert (len(images), images[0].shape) == (5, (336, 224, 3))
@@ -217,7 +228,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_not_hidden_in_a_clean_file(root, name):
+def test_damage_is_not_hidden_in_a_clean_file(root, name, backend):
     made, damage = DAMAGED[name]
     whole = make_video(root / name, 90, **made)
     source = root / "in" / "movie" / name
@@ -230,7 +241,7 @@ def test_damage_is_not_hidden_in_a_clean_file(root, name):
     stale = root / "out" / "movie" / (source.stem + ".mp4")
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier run")
-    assert compress(root) == 1
+    assert compress(root, "--backend", backend) == 1
     line = (root / "out" / "compress_failures.txt").read_text()
     assert line.startswith(f"{source}\t")
     assert refused.value.cause.split("(")[0][:10] in line

@@ -5,7 +5,8 @@ from modules.video_clip import VideoClipSizes
 
 ROW = {"R@1": 41.0, "R@5": 66.0, "R@10": 75.0, "MedR": 2.0, "MeanR": 22.9}
 OPTIONS = {"compat": "internvideo", "sim_header": "meanP", "interaction": "no", "do_train": False,
-           "finetuned_path": None, "init_model": None}  # fmt: skip
+           "finetuned_path": None, "init_model": None, "max_frames": 12, "frame_rule": "stride",
+           "feature_framerate": 1, "max_words": 77}  # fmt: skip
 FOUND = {"dataset": "msrvtt", "split": "test", "n_videos": 1000, "n_captions": 1000, "options": OPTIONS,
          "metrics": {"raw": {"t2v": ROW | {"R@1": 35.0}}, "dsl": {"t2v": ROW, "v2t": ROW}}}  # fmt: skip
 TOWER = "InternVideo ViT-L/14"
@@ -29,12 +30,13 @@ def test_names_of_towers():
 def test_the_same_protocol_is_compared_with_its_own_post_processing():
     """InternVideo's zero-shot row includes DSL: 40.0 there, 41.0 here, and not the raw 35.0."""
     lines = compare(FOUND, TOWER)
-    assert lines[0] == "beside InternVideo (arXiv 2212.03191), zero-shot, InternVideo ViT-L/14, meanP, dsl:"
-    assert [line.split() for line in lines[1:5]] == [
+    assert lines[0] == "beside InternVideo (arXiv 2212.03191), zero-shot, InternVideo ViT-L/14, meanP, dsl;"
+    assert lines[1] == "here at most 12 frames by the stride rule, 1 a second, 77 words:"
+    assert [line.split() for line in lines[2:6]] == [
         ["text-to-video", "R@1", "R@5", "R@10", "MedR", "MeanR"], ["published", "40.0", "65.3", "74.1", "2.0", "23.9"],
         ["here", "41.0", "66.0", "75.0", "2.0", "22.9"], ["difference", "+1.0", "+0.7", "+0.9", "+0.0", "-1.0"],
     ]  # fmt: skip
-    assert len(lines) == 9
+    assert len(lines) == 10
 
 
 def test_another_protocol_is_named_instead():

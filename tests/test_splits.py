@@ -50,6 +50,7 @@ def test_a_split_does_not_share_its_index_with_the_caller():
         ({"index": (0, 0, 1, -1)}, r"points at video -1"),
         ({"index": (0, 0, 1, 1)}, r"toy test: videos without a caption: 'c'"),
         ({"captions": ("a1", " \t", "b1", "c1")}, r"toy test: caption 1 of video 'a' is empty"),
+        ({"captions": ("a1", "a2", "&amp;nbsp; ", "c1")}, r"toy test: caption 2 of video 'b' is empty"),
         ({"ids": ("a", "b", "a")}, r"toy test: video id 'a' occurs twice"),
         ({"index": (0, 0, 1)}, r"toy test: 4 captions but 3 entries"),
         ({"index": (0.0, 0.0, 1.0, 2.0)}, r"must be integers"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 
-from preprocess.sample.captions import Caption, full_caption, loose_caption
+from preprocess.sample.captions import Caption, full_caption, loose_caption, plain_caption
 from preprocess.sample.facts import Gallery, Statement, all_hold, look
 from preprocess.sample.render import Film
 from preprocess.sample.scenes import Scene, draw_scene, order_pairs
@@ -47,7 +47,7 @@ class Recipe:
     `captions`: a clip, of `queries` for val and test where that differs. `phases`: scenes a video shows one after the
     other. `seconds`: length of one phase, None = the command's choice, halved where a video has several. `paragraph`:
     one caption a phase, and the query is all of them together. `long_first`: the first video of each split runs past
-    30 seconds and only what happens before is described.
+    30 seconds and only what happens before is described. `plain`: captions say everything in one fixed wording.
     """
 
     captions: tuple[int, int] = (1, 1)
@@ -56,6 +56,11 @@ class Recipe:
     seconds: tuple[float, float] | None = None
     paragraph: bool = False
     long_first: bool = False
+    plain: bool = False
+
+    def in_plain_words(self) -> Recipe:
+        """The recipe with one plain caption a clip; there are no two to choose from. A paragraph stays whole."""
+        return replace(self, captions=(1, 1), queries=None, plain=True)
 
 
 @dataclass(frozen=True)
@@ -152,13 +157,13 @@ class Planner:
             return gallery.is_unique(query) and not any(all_hold(query, other) for other in rivals)
 
         if self.recipe.paragraph:
-            captions = tuple(full_caption(scene, self.rng) for scene in phases[:DESCRIBED_PHASES])
+            captions = tuple(self._full(scene) for scene in phases[:DESCRIBED_PHASES])
             return captions if unique(*captions) else None
         captions = []
         low, high = self.recipe.queries or self.recipe.captions
         for _ in range(int(self.rng.integers(low, high + 1))):
             texts = {caption.text for caption in captions}
-            tries = (full_caption(phases[0], self.rng) for _ in range(CAPTION_ATTEMPTS))
+            tries = (self._full(phases[0]) for _ in range(CAPTION_ATTEMPTS))
             found = next((caption for caption in tries if caption.text not in texts and unique(caption)), None)
             if found is None:
                 return None
@@ -171,9 +176,15 @@ class Planner:
 
     def _loose_captions(self, phases: Phases) -> tuple[Caption, ...]:
         if self.recipe.paragraph:
-            return tuple(loose_caption(scene, self.rng) for scene in phases[:DESCRIBED_PHASES])
+            return tuple(self._loose(scene) for scene in phases[:DESCRIBED_PHASES])
         low, high = self.recipe.captions
-        return tuple(loose_caption(phases[0], self.rng) for _ in range(int(self.rng.integers(low, high + 1))))
+        return tuple(self._loose(phases[0]) for _ in range(int(self.rng.integers(low, high + 1))))
+
+    def _full(self, scene: Scene) -> Caption:
+        return plain_caption(scene) if self.recipe.plain else full_caption(scene, self.rng)
+
+    def _loose(self, scene: Scene) -> Caption:
+        return plain_caption(scene) if self.recipe.plain else loose_caption(scene, self.rng)
 
     def _films(self, told: list[Phases], captions: list[tuple[Caption, ...]], pair: int | None) -> list[Clip]:
         """One clip for each told sequence of scenes; the second of a pair is the film of the first played backwards."""
