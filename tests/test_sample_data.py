@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from preprocess.make_sample_data import main
-from preprocess.sample.captions import full_caption
+from preprocess.sample.captions import full_caption, plain_caption
 from preprocess.sample.facts import Gallery, Mention, Statement, holds
 from preprocess.sample.layouts import LAYOUTS
 from preprocess.sample.plan import Counts, Planner
@@ -234,6 +234,13 @@ def test_default_size_splits_are_disjoint_and_captions_unique(plain):
     assert words[2] <= words[0]
     scenes = {i: [as_json(scene) for scene in clip.scenes] for i, clip in enumerate(splits["test"])}
     assert_true_of_one_clip([(i, [clip.captions[0].text]) for i, clip in enumerate(splits["test"])], scenes)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_plain_captions_are_one_a_scene(name):
+    planner = Planner(LAYOUTS[name].recipe.in_plain_words(), 96, (2, 5), np.random.default_rng(1))
+    for clip in [c for clips in planner.splits(Counts(6, 3, 4)).values() for c in clips]:
+        assert clip.captions == tuple(plain_caption(scene) for scene in clip.scenes[:6])
 
 
 def as_json(scene):
