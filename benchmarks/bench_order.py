@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--order_pairs", type=int, default=100, help="pairs of test clips")
     add("--seed", type=int, default=0, help="of the clips, of the untrained CLIP and of training")
     add("--output_dir", type=Path, default=Path("runs/order"), help="gets the clips and the common CLIP")
+    add("--force", action="store_true", help="make the clips anew, over those of other options")
     return parser
 
 
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--n_train", str(args.n_train), "--n_test", str(args.n_test), "--order_pairs", str(args.order_pairs),
         "--resolution", str(CLIP["resolution"]), "--min_seconds", SECONDS, "--max_seconds", SECONDS,
         *(part for name, value in CLIP.items() for part in (f"--clip_{name}", str(value))),
+        *(["--force"] if args.force else []),
     ])  # fmt: skip
     if status:
         return status

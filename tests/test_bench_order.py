@@ -72,6 +72,15 @@ def test_short_run_prints_the_table(tmp_path):
     assert (len(tables), rows) == (3, ["---", "meanP", "seqTransf", "clip_evl"])
 
 
+def test_clips_of_other_options_are_kept_until_force_is_given(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "--epochs", "1", "--clip_epochs",
+               "1", "--n_train", "2", "--n_test", "1", "--order_pairs", "1", "--output_dir", str(tmp_path)]  # fmt: skip
+    for more, status in (["--seed", "0"], 0), (["--seed", "1"], 1), (["--seed", "1", "--force"], 0):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert ("pass --force to write over it" in done.stderr) == bool(status)
+
+
 def test_an_impossible_number_names_its_flag(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_order", "--order_pairs", "0", "--output_dir", str(tmp_path)],
