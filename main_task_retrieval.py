@@ -14,31 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoints.download import DownloadError
+from checkpoints.read import CheckpointError, read_checkpoint, read_sidecar
+from checkpoints.whole import remove_leftovers
 from dataloaders.registry import DATASETS
-from dataloaders.video import VideoReadError
-from modules import distributed
-from modules.build import build_model, load_weights, weights_path
-from modules.checkpoints import CheckpointError, read_checkpoint, read_sidecar
-from modules.distributed import World
-from modules.download import DownloadError
-from modules.evaluate import format_metrics
-from modules.files import remove_leftovers
-from modules.gather import main_first
-from modules.interrupt import Interrupted, StopRequest
+from dataloaders.video.decode import VideoReadError
+from engine import distributed
+from engine.build import build_model, load_weights, weights_path
+from engine.data import Evaluator, RunData, load_run_data, query_bank
+from engine.distributed import World
+from engine.evaluate import format_metrics
+from engine.gather import main_first
+from engine.interrupt import Interrupted, StopRequest
+from engine.options import Options, parse_options
+from engine.plan import plan
+from engine.progress import log, setup_logging
+from engine.provenance import provenance, starting_weights
+from engine.records import results, write_json, write_similarity
+from engine.resume import SELECTED, Progress, find_last, load_last, resume
+from engine.step import Trainer, TrainingError, build_optimizer, trade
+from engine.train import Output, train
+from engine.watch import open_tensorboard
 from modules.model import VideoTextModel
 from modules.optim import freeze
-from modules.options import Options, parse_options
-from modules.progress import log, setup_logging
-from modules.provenance import provenance, starting_weights
-from modules.published import compare, tower_name
-from modules.results import results, write_json, write_similarity
-from modules.resume import SELECTED, Progress, find_last, load_last, resume
 from modules.tokenizer import Tokenizer
-from modules.train import Output, train
-from modules.trainer import Trainer, TrainingError, build_optimizer, trade
-from modules.watch import open_tensorboard
-from run_data import Evaluator, RunData, load_run_data, query_bank
-from run_plan import plan
+from tools.published import compare, tower_name
 
 USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
 
@@ -90,6 +90,7 @@ def prepare_output(folder: Path, world: World) -> None:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
     setup_logging(folder, world.is_main)
 
+
 def resolve(options: Options, world: World) -> Options:
     """Replace every `auto` by what it means on this machine and for this dataset."""
     data, run = options.data, options.run
@@ -112,8 +113,12 @@ def resolve(options: Options, world: World) -> Options:
             raise ValueError(f"--{name} val: {data.datatype} has no val split; give test")
     if options.train.tensorboard:
         open_tensorboard(None)
-    return replace(options, data=replace(data, frame_rule=rule), run=replace(run, precision=precision),
-                   train=replace(options.train, select_on=select_on))  # fmt: skip
+    return replace(
+        options,
+        data=replace(data, frame_rule=rule),
+        run=replace(run, precision=precision),
+        train=replace(options.train, select_on=select_on),
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -135,27 +140,43 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     warn_of_other_settings(made.get("settings", {}), options)
     model, source = build_model(options.model, options.data.max_words, options.data.max_frames, run_options.do_train)
     if options.data.max_words > model.clip.sizes.context_length:
-        raise ValueError(f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, "
-                         f"got {options.data.max_words}")  # fmt: skip
+        raise ValueError(
+            f"--max_words must be at most {model.clip.sizes.context_length} for this CLIP, got {options.data.max_words}"
+        )
     model.to(world.device)
     log.info("%s, %d process(es), %s", world.device, world.size, run_options.precision)
-    evaluator = Evaluator(options, world, partial(Tokenizer(), max_words=options.data.max_words),
-                          model.clip.sizes.image_resolution)  # fmt: skip
+    evaluator = Evaluator(
+        options, world, partial(Tokenizer(), max_words=options.data.max_words), model.clip.sizes.image_resolution
+    )
     if data.train is not None:
         fine_tune(model, options, world, evaluator, data, resumed, resume_from, stop)
         source = run_options.output_dir / SELECTED
         load_weights(model, read_checkpoint(source).tensors, str(source))
     scored = data.scored
     evaluation = evaluator(model, scored, query_bank(options))
-    log.info("%s %s, %d captions x %d videos, %.1f s\n%s", scored.dataset, scored.name, len(evaluation.split.captions),
-             len(evaluation.split.videos), evaluation.seconds, format_metrics(evaluation.metrics))  # fmt: skip
+    log.info(
+        "%s %s, %d captions x %d videos, %.1f s\n%s",
+        scored.dataset,
+        scored.name,
+        len(evaluation.split.captions),
+        len(evaluation.split.videos),
+        evaluation.seconds,
+        format_metrics(evaluation.metrics),
+    )
     if world.is_main:
         selected_on = options.train.select_on if data.train else made.get("selected_on")
         found = results(evaluation, options.as_dict(), source, selected_on)
-        found |= {"activation": model.clip.activation,
-                  "overlap_with_training": data.overlap.as_dict() if data.overlap else None}  # fmt: skip
-        found |= provenance(argv, options.data, dict.fromkeys([*starting_weights(options.model), source]), world,
-                            time.perf_counter() - began)  # fmt: skip
+        found |= {
+            "activation": model.clip.activation,
+            "overlap_with_training": data.overlap.as_dict() if data.overlap else None,
+        }
+        found |= provenance(
+            argv,
+            options.data,
+            dict.fromkeys([*starting_weights(options.model), source]),
+            world,
+            time.perf_counter() - began,
+        )
         similarity = run_options.output_dir / "similarity.npz"
         similarity.unlink(missing_ok=True)  # one of an earlier run would belong to other results
         write_json(run_options.output_dir / "results.json", found)
@@ -172,30 +193,54 @@ SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_word
 def warn_of_other_settings(trained: dict[str, Any], options: Options) -> None:
     """Say where a checkpoint of ours is evaluated with other settings than it was trained with."""
     now = options.as_dict()
-    differing = [f"--{name} {trained[name]} -> {now[name]}" for name in SETTINGS if name in trained
-                 and trained[name] != now[name]]  # fmt: skip
+    differing = [
+        f"--{name} {trained[name]} -> {now[name]}"
+        for name in SETTINGS
+        if name in trained and trained[name] != now[name]
+    ]
     if differing and not options.run.do_train:
         log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
 
 
 def fine_tune(
-    model: VideoTextModel, options: Options, world: World, evaluator: Evaluator, data: RunData,
-    resumed: dict[str, Any] | None, resume_from: Path | None, stop: StopRequest,
-) -> None:  # fmt: skip
+    model: VideoTextModel,
+    options: Options,
+    world: World,
+    evaluator: Evaluator,
+    data: RunData,
+    resumed: dict[str, Any] | None,
+    resume_from: Path | None,
+    stop: StopRequest,
+) -> None:
     """Train, select, and leave the selected weights in --output_dir."""
     training, run_options = options.train, options.run
     loader = evaluator.training_pairs(data.train)
     frozen = freeze(model.clip, training.freeze_layer_num)
-    log.info("training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen", len(data.train.videos),
-             len(loader.dataset), len(loader), len(frozen))  # fmt: skip
+    log.info(
+        "training: %d videos, %d items, %d steps an epoch; %d tensors of CLIP frozen",
+        len(data.train.videos),
+        len(loader.dataset),
+        len(loader),
+        len(frozen),
+    )
     trade(model, world.device, training.grad_checkpointing, training.compile)
     optimizer = build_optimizer(model, training, options.model.compat, len(loader) * training.epochs)
-    trainer = Trainer(model, optimizer, world, run_options.precision, training.max_grad_norm,
-                      training.gradient_accumulation_steps, run_options.seed)  # fmt: skip
+    trainer = Trainer(
+        model,
+        optimizer,
+        world,
+        run_options.precision,
+        training.max_grad_norm,
+        training.gradient_accumulation_steps,
+        run_options.seed,
+    )
     sidecar = {
-        "activation": model.clip.activation, "sim_header": options.model.sim_header, "selected_on": training.select_on,
-        "trained_on": data.trained_on, "settings": {name: options.as_dict()[name] for name in SETTINGS},
-    }  # fmt: skip
+        "activation": model.clip.activation,
+        "sim_header": options.model.sim_header,
+        "selected_on": training.select_on,
+        "trained_on": data.trained_on,
+        "settings": {name: options.as_dict()[name] for name in SETTINGS},
+    }
     facts = {"training data": data.train.digest(), "activation": model.clip.activation}
     record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
     output = Output(run_options.output_dir, record, sidecar)

@@ -61,14 +61,22 @@ def main() -> None:
         folder = Path(name)
         make_list(folder, args.rows)
         files = AnnotationFiles(data_path=folder)
-        compare("LSMDC list, checked", lambda: load("train", files),
-                lambda: read_in_a_loop(folder / "LSMDC16_annos_training.csv"), args.rounds)  # fmt: skip
+        compare(
+            "LSMDC list, checked",
+            lambda: load("train", files),
+            lambda: read_in_a_loop(folder / "LSMDC16_annos_training.csv"),
+            args.rounds,
+        )
         videos = folder / "videos"
         videos.mkdir()
         for n in range(args.rows):
             (videos / f"clip{n}.mp4").touch()
-        compare("index of the video folder", lambda: index_videos(videos, (".mp4", ".avi")),
-                lambda: stat_each(videos, args.rows), args.rounds)  # fmt: skip
+        compare(
+            "index of the video folder",
+            lambda: index_videos(videos, (".mp4", ".avi")),
+            lambda: stat_each(videos, args.rows),
+            args.rounds,
+        )
 
 
 if __name__ == "__main__":

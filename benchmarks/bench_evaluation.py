@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from dataloaders.datasets import PairDataset, VideoSource, pad_frames
-from dataloaders.frames import FrameSampling
 from dataloaders.loaders import CaptionBatches, video_loader
 from dataloaders.registry import AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
-from modules.build import build_model
-from modules.distributed import World
-from modules.evaluate import evaluate
+from dataloaders.video.frames import FrameSampling
+from engine.build import build_model
+from engine.distributed import World
+from engine.evaluate import evaluate
+from engine.options import ModelOptions
 from modules.model import VideoTextModel
-from modules.options import ModelOptions
 from modules.tokenizer import Tokenizer
 from preprocess.make_sample_data import main as make_sample_data
 
@@ -61,8 +61,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        make_sample_data(["--output_dir", name, "--datatype", "msvd", "--n_train", "4", "--n_val", "4",
-                          "--n_test", str(args.videos)])  # fmt: skip
+        make_sample_data(
+            ["--output_dir", name, "--datatype", "msvd", "--n_train", "4", "--n_val", "4", "--n_test", str(args.videos)]
+        )
         small = load_split("msvd", "test", AnnotationFiles(data_path=root / "msvd"), root / "msvd" / "videos")
         model = build_model(ModelOptions(pretrained_clip_name=str(root / "clip" / "tiny_clip.pt")))[0].eval()
         captions = [f"caption {k} of video {v}" for v in range(args.videos) for k in range(args.captions)]
@@ -79,8 +80,10 @@ def main() -> None:
             torch.testing.assert_close(*matrices, rtol=1e-4, atol=1e-4)
             pairs.append(seconds)
     once, often = (statistics.median(column) for column in zip(*pairs))
-    print(f"{args.videos} videos, {args.captions} captions each, same matrix: once per video {once:.2f} s, once per "
-          f"caption {often:.2f} s, ratio {statistics.median(b / a for a, b in pairs):.1f}")  # fmt: skip
+    print(
+        f"{args.videos} videos, {args.captions} captions each, same matrix: once per video {once:.2f} s, once per "
+        f"caption {often:.2f} s, ratio {statistics.median(b / a for a, b in pairs):.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,20 +21,30 @@ from types import SimpleNamespace
 
 import torch
 
-from modules.checkpoints import ClipSizes
-from modules.clip import CLIP
-from modules.distributed import World
+from checkpoints.read import ClipSizes
+from engine.distributed import World
+from engine.step import Trainer
+from engine.watch import peak_memory_mb
+from modules.encoders.clip import CLIP
 from modules.heads import HEADS
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
-from modules.trainer import Trainer
-from modules.watch import peak_memory_mb
 
 # ViT-B/32's patches at half its width and a third of its layers, a small vocabulary: the CPU is done in minutes.
-SIZES = ClipSizes(embed_dim=512, image_resolution=224, vision_layers=4, vision_width=384, patch_size=32,
-                  context_length=77, vocab_size=1000, text_width=256, text_heads=4, text_layers=2,
-                  vision_heads=6)  # fmt: skip
+SIZES = ClipSizes(
+    embed_dim=512,
+    image_resolution=224,
+    vision_layers=4,
+    vision_width=384,
+    patch_size=32,
+    context_length=77,
+    vocab_size=1000,
+    text_width=256,
+    text_heads=4,
+    text_layers=2,
+    vision_heads=6,
+)
 
 
 def resident_mb(device: torch.device) -> float:
@@ -50,8 +60,13 @@ def make_batch(pairs: int, frames: int, seed: int) -> SimpleNamespace:
     ids = torch.randint(1, 990, (pairs, 32), generator=generator)
     ids[:, -1] = 999
     pixels = torch.randint(0, 256, (pairs, frames, 3, 224, 224), generator=generator, dtype=torch.uint8)
-    return SimpleNamespace(token_ids=ids, token_mask=torch.ones_like(ids, dtype=torch.bool), frames=pixels,
-                           frame_mask=torch.ones(pairs, frames, dtype=torch.bool), video_ids=())  # fmt: skip
+    return SimpleNamespace(
+        token_ids=ids,
+        token_mask=torch.ones_like(ids, dtype=torch.bool),
+        frames=pixels,
+        frame_mask=torch.ones(pairs, frames, dtype=torch.bool),
+        video_ids=(),
+    )
 
 
 def measure(pairs: int, frames: int, pieces: int, device: torch.device) -> dict[str, float]:
@@ -70,8 +85,19 @@ def measure(pairs: int, frames: int, pieces: int, device: torch.device) -> dict[
 
 
 def measured_apart(options: argparse.Namespace, pieces: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.bench_memory", "--side", str(pieces), "--batch", str(options.batch),
-               "--frames", str(options.frames), "--device", options.device]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_memory",
+        "--side",
+        str(pieces),
+        "--batch",
+        str(options.batch),
+        "--frames",
+        str(options.frames),
+        "--device",
+        options.device,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -97,17 +123,24 @@ def main() -> None:
     for _ in range(options.rounds):
         for pieces in random.sample(sorted(found), 2):
             found[pieces].append(measured_apart(options, pieces))
-    medians = {pieces: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-               for pieces, runs in found.items()}  # fmt: skip
+    medians = {
+        pieces: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for pieces, runs in found.items()
+    }
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; batch {options.batch} x {options.frames} frames; "
-          f"{options.rounds} rounds")
+    print(
+        f"{name}; torch {torch.__version__}; batch {options.batch} x {options.frames} frames; {options.rounds} rounds"
+    )
     for pieces, values in medians.items():
-        print(f"{pieces:3} piece(s): peak {values['peak']:7.0f} MiB, step {values['step']:7.0f} MiB, "
-              f"{values['seconds']:6.2f} s, loss {values['loss']:.6f}")
+        print(
+            f"{pieces:3} piece(s): peak {values['peak']:7.0f} MiB, step {values['step']:7.0f} MiB, "
+            f"{values['seconds']:6.2f} s, loss {values['loss']:.6f}"
+        )
     one, many = medians.values()
-    print(f"ratio: peak {one['peak'] / many['peak']:.2f}x, step {one['step'] / many['step']:.2f}x smaller; "
-          f"time {many['seconds'] / one['seconds']:.2f}x longer")
+    print(
+        f"ratio: peak {one['peak'] / many['peak']:.2f}x, step {one['step'] / many['step']:.2f}x smaller; "
+        f"time {many['seconds'] / one['seconds']:.2f}x longer"
+    )
     if abs(one["loss"] - many["loss"]) > 1e-4 * abs(one["loss"]):
         raise SystemExit("the losses differ: the sides did not do the same work")
 

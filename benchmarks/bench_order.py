@@ -26,17 +26,17 @@ from torch import Tensor
 
 from benchmarks.order_scores import Score, kind_of, pair_wins, table
 from dataloaders.datasets import VideoDataset
+from engine.build import build_model, checkpoint_tensors
+from engine.data import Evaluator, load_data
+from engine.distributed import World, setup
+from engine.options import Options, parse_options
+from engine.progress import log, progress, setup_logging
+from engine.step import Trainer, build_optimizer
 from main_task_retrieval import resolve, seed_everything
-from modules.build import build_model, checkpoint_tensors
-from modules.distributed import World, setup
 from modules.metrics import retrieval_metrics
 from modules.model import VideoTextModel
-from modules.options import Options, parse_options
-from modules.progress import log, progress, setup_logging
 from modules.tokenizer import Tokenizer
-from modules.trainer import Trainer, build_optimizer
 from preprocess.make_sample_data import main as make_sample_data
-from run_data import Evaluator, load_data
 
 HEADS = {
     "meanP": ["--sim_header", "meanP"],
@@ -69,8 +69,13 @@ class Clips:
 
     def batch(self, index: np.ndarray) -> SimpleNamespace:
         present = torch.ones(len(index), self.frames.shape[1], dtype=torch.bool)
-        return SimpleNamespace(token_ids=self.token_ids[index], token_mask=self.token_mask[index], frame_mask=present,
-                               frames=self.frames[index], video_ids=[self.video_ids[i] for i in index])  # fmt: skip
+        return SimpleNamespace(
+            token_ids=self.token_ids[index],
+            token_mask=self.token_mask[index],
+            frame_mask=present,
+            frames=self.frames[index],
+            video_ids=[self.video_ids[i] for i in index],
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,8 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=20, help="of each head over the training pairs")
     add("--batch_pairs", type=int, default=16, help="pairs of clips per step")
     add("--lr", type=float, default=1e-3)
-    add("--n_train", type=int, default=800, help="training clips beside the pairs; of these there are --order_pairs x "
-        "--n_train / --n_test")  # fmt: skip
+    add(
+        "--n_train",
+        type=int,
+        default=800,
+        help="training clips beside the pairs; of these there are --order_pairs x --n_train / --n_test",
+    )
     add("--n_test", type=int, default=100, help="test clips beside the pairs")
     add("--order_pairs", type=int, default=100, help="pairs of test clips")
     add("--seed", type=int, default=0, help="of the clips, of the untrained CLIP and of training")
@@ -93,14 +102,47 @@ def build_parser() -> argparse.ArgumentParser:
 
 def options_of(args: argparse.Namespace, data: Path, world: World, more: Sequence[str]) -> Options:
     """The options that the command line of a run would give."""
-    return resolve(parse_options([
-        "--do_train", "--datatype", "msrvtt", "--output_dir", str(args.output_dir), "--device", "cpu",
-        "--data_path", f"{data}/msrvtt/MSRVTT_data.json", "--train_csv", f"{data}/msrvtt/MSRVTT_train.9k.csv",
-        "--val_csv", f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv", "--features_path", f"{data}/msrvtt/videos/all",
-        "--frame_rule", "stride", "--max_frames", str(FRAMES), "--feature_framerate", str(FRAMERATE),
-        "--max_words", str(WORDS), "--pretrained_clip_name", f"{data}/clip/tiny_clip.pt", "--freeze_layer_num", "-1",
-        "--lr", str(args.lr), "--coef_lr", "1", "--seed", str(args.seed), *more,
-    ]), world)  # fmt: skip
+    return resolve(
+        parse_options(
+            [
+                "--do_train",
+                "--datatype",
+                "msrvtt",
+                "--output_dir",
+                str(args.output_dir),
+                "--device",
+                "cpu",
+                "--data_path",
+                f"{data}/msrvtt/MSRVTT_data.json",
+                "--train_csv",
+                f"{data}/msrvtt/MSRVTT_train.9k.csv",
+                "--val_csv",
+                f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv",
+                "--features_path",
+                f"{data}/msrvtt/videos/all",
+                "--frame_rule",
+                "stride",
+                "--max_frames",
+                str(FRAMES),
+                "--feature_framerate",
+                str(FRAMERATE),
+                "--max_words",
+                str(WORDS),
+                "--pretrained_clip_name",
+                f"{data}/clip/tiny_clip.pt",
+                "--freeze_layer_num",
+                "-1",
+                "--lr",
+                str(args.lr),
+                "--coef_lr",
+                "1",
+                "--seed",
+                str(args.seed),
+                *more,
+            ]
+        ),
+        world,
+    )
 
 
 def read_clips(options: Options, world: World, data: Path, name: str) -> Clips:
@@ -114,8 +156,13 @@ def read_clips(options: Options, world: World, data: Path, name: str) -> Clips:
     told = json.loads((data / "msrvtt" / "order_pairs.json").read_text())[name]
     row = np.argsort(split.caption_to_video, kind="stable")  # one caption a clip, in the order of the clips
     tokens, mask = Tokenizer()([split.captions[i] for i in row], max_words=WORDS)
-    return Clips(ids, torch.stack([item.frames for item in items]), tokens, mask,
-                 np.array([[place[one], place[other]] for one, other in told]))  # fmt: skip
+    return Clips(
+        ids,
+        torch.stack([item.frames for item in items]),
+        tokens,
+        mask,
+        np.array([[place[one], place[other]] for one, other in told]),
+    )
 
 
 def batches(groups: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -125,12 +172,19 @@ def batches(groups: np.ndarray, size: int, rng: np.random.Generator) -> Iterator
         yield groups[order[start : start + size]].flatten()
 
 
-def fit(model: VideoTextModel, options: Options, world: World, clips: Clips, groups: np.ndarray, size: int,
-        title: str) -> None:  # fmt: skip
+def fit(
+    model: VideoTextModel, options: Options, world: World, clips: Clips, groups: np.ndarray, size: int, title: str
+) -> None:
     """Train in place for --epochs over `groups`, by the optimiser and the step of every run."""
     steps = len(groups) // size * options.train.epochs
-    trainer = Trainer(model, build_optimizer(model, options.train, options.model.compat, steps), world,
-                      options.run.precision, options.train.max_grad_norm, seed=options.run.seed)  # fmt: skip
+    trainer = Trainer(
+        model,
+        build_optimizer(model, options.train, options.model.compat, steps),
+        world,
+        options.run.precision,
+        options.train.max_grad_norm,
+        seed=options.run.seed,
+    )
     rng = np.random.default_rng(options.run.seed)
     model.train()
     for _ in progress(range(options.train.epochs), title):
@@ -190,13 +244,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
     args.output_dir = args.output_dir.resolve()
     data = args.output_dir / "data"
-    status = make_sample_data([
-        "--output_dir", str(data), "--datatype", "msrvtt", "--seed", str(args.seed), "--captions", "plain",
-        "--n_train", str(args.n_train), "--n_test", str(args.n_test), "--order_pairs", str(args.order_pairs),
-        "--resolution", str(CLIP["resolution"]), "--min_seconds", SECONDS, "--max_seconds", SECONDS,
-        *(part for name, value in CLIP.items() for part in (f"--clip_{name}", str(value))),
-        *(["--force"] if args.force else []),
-    ])  # fmt: skip
+    status = make_sample_data(
+        [
+            "--output_dir",
+            str(data),
+            "--datatype",
+            "msrvtt",
+            "--seed",
+            str(args.seed),
+            "--captions",
+            "plain",
+            "--n_train",
+            str(args.n_train),
+            "--n_test",
+            str(args.n_test),
+            "--order_pairs",
+            str(args.order_pairs),
+            "--resolution",
+            str(CLIP["resolution"]),
+            "--min_seconds",
+            SECONDS,
+            "--max_seconds",
+            SECONDS,
+            *(part for name, value in CLIP.items() for part in (f"--clip_{name}", str(value))),
+            *(["--force"] if args.force else []),
+        ]
+    )
     if status:
         return status
     world = setup("cpu")
@@ -211,8 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = train_head(args, world, data, head, train)
         scores[head] = score(model, test, began)
         print(f"\n{table(scores, kinds)}\n", flush=True)
-    print(f"Own clip above its reverse, percent of the two sides of {len(test.pairs)} pairs; a coin has 50, "
-          f"and R@1 {100 / len(test.video_ids):.1f}")  # fmt: skip
+    print(
+        f"Own clip above its reverse, percent of the two sides of {len(test.pairs)} pairs; a coin has 50, "
+        f"and R@1 {100 / len(test.video_ids):.1f}"
+    )
     return 0
 
 

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from dataloaders.frames import FrameSampling
-from dataloaders.transforms import FrameTransform
-from dataloaders.video import read_frames
+from dataloaders.video.decode import read_frames
+from dataloaders.video.frames import FrameSampling
+from dataloaders.video.transforms import FrameTransform
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # name -> seconds, width, height, frames wanted

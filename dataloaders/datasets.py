@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataloaders.frames import FrameSampling, order_frames
 from dataloaders.split import RetrievalSplit, VideoClip
-from dataloaders.transforms import FrameTransform
-from dataloaders.video import VideoReadError, read_frames
+from dataloaders.video.decode import VideoReadError, read_frames
+from dataloaders.video.frames import FrameSampling, order_frames
+from dataloaders.video.transforms import FrameTransform
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 

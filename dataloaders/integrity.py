@@ -63,14 +63,20 @@ def count_problems(split: RetrievalSplit) -> list[str]:
     expected = split.expected
     if expected.published:
         lists = ", ".join(f"{count:,}" for count in expected.published)
-        return [f"lists {listed:,} videos, which is none of the published lists ({lists}); if it is your own, put its "
-                f"counts into {OWN_COUNTS} beside the annotations"]  # fmt: skip
+        return [
+            f"lists {listed:,} videos, which is none of the published lists ({lists}); if it is your own, put its "
+            f"counts into {OWN_COUNTS} beside the annotations"
+        ]
     if expected.videos not in (None, listed):
-        return [f"lists {listed:,} videos where {expected.videos:,} are expected; is it the right list? Counts of "
-                f"your own go into {OWN_COUNTS} beside it"]  # fmt: skip
+        return [
+            f"lists {listed:,} videos where {expected.videos:,} are expected; is it the right list? Counts of "
+            f"your own go into {OWN_COUNTS} beside it"
+        ]
     if expected.captions not in (None, held):
-        return [f"holds {held:,} captions where {expected.captions:,} are expected; is it the right annotation file? "
-                f"Counts of your own go into {OWN_COUNTS} beside it"]  # fmt: skip
+        return [
+            f"holds {held:,} captions where {expected.captions:,} are expected; is it the right annotation file? "
+            f"Counts of your own go into {OWN_COUNTS} beside it"
+        ]
     return []
 
 
@@ -92,10 +98,16 @@ def check_complete(split: RetrievalSplit, allow_missing: bool) -> None:
     problems = [f"{title} {problem}" for problem in count_problems(split)]
     if split.missing_videos:
         listed = len(split.videos) + len(split.missing_videos)
-        problems.append(f"{len(split.missing_videos):,} of {listed:,} videos of {title} are missing on disk: "
-                        f"{first_ids(split.missing_videos)}")  # fmt: skip
-    _refuse(problems, allow_missing, "Get what is missing, or give --allow_missing to evaluate all the same (a smaller "
-                                     "gallery raises recall; results.json will say so)")  # fmt: skip
+        problems.append(
+            f"{len(split.missing_videos):,} of {listed:,} videos of {title} are missing on disk: "
+            f"{first_ids(split.missing_videos)}"
+        )
+    _refuse(
+        problems,
+        allow_missing,
+        "Get what is missing, or give --allow_missing to evaluate all the same (a smaller "
+        "gallery raises recall; results.json will say so)",
+    )
 
 
 def _refuse(problems: list[str], allowed: bool, way_out: str) -> None:
@@ -117,9 +129,14 @@ class Overlap:
 
 
 def check_overlap(
-    split: RetrievalSplit, trained_on: Iterable[str], captions: Iterable[str] | None, source: str, allow: bool,
-    train: RetrievalSplit | None = None, spelling: Callable[[str], str] = str,
-) -> Overlap:  # fmt: skip
+    split: RetrievalSplit,
+    trained_on: Iterable[str],
+    captions: Iterable[str] | None,
+    source: str,
+    allow: bool,
+    train: RetrievalSplit | None = None,
+    spelling: Callable[[str], str] = str,
+) -> Overlap:
     """A video must not be scored by a model that was trained on it.
 
     trained_on: ids of the training videos, of the same dataset. captions: training captions, if known; captions occur
@@ -129,18 +146,23 @@ def check_overlap(
     """
     ids, files = set(trained_on), {video.path.resolve() for video in train.videos} if train else set()
     shared = sorted(
-        video.video_id for video in split.videos
+        video.video_id
+        for video in split.videos
         if video.video_id in ids or spelling(video.video_id) in ids or (files and video.path.resolve() in files)
-    )  # fmt: skip
+    )
     known = None if captions is None else set(captions)
     count = None if known is None else sum(caption in known for caption in split.captions)
     if count:
         logger.info("%d captions of %s %s occur in training, too", count, split.dataset, split.name)
     if shared:
-        message = (f"{len(shared):,} of the {len(split.videos):,} videos of {split.dataset} {split.name} are among the "
-                   f"training videos of {source}: {first_ids(shared)}")  # fmt: skip
+        message = (
+            f"{len(shared):,} of the {len(split.videos):,} videos of {split.dataset} {split.name} are among the "
+            f"training videos of {source}: {first_ids(shared)}"
+        )
         if not allow:
-            raise IntegrityError(f"{message}. Numbers on them would not be retrieval of unseen videos; evaluate on the "
-                                 "split that belongs to the training list, or give --allow_overlap")  # fmt: skip
+            raise IntegrityError(
+                f"{message}. Numbers on them would not be retrieval of unseen videos; evaluate on the "
+                "split that belongs to the training list, or give --allow_overlap"
+            )
         logger.warning("%s (--allow_overlap)", message)
     return Overlap(tuple(shared), count)

@@ -64,16 +64,30 @@ def _start_worker(_: int) -> None:
 
 def _loader(dataset: Dataset, batches: Sampler, collate: Collate, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker, prefetch_factor=2 if num_workers else None,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        prefetch_factor=2 if num_workers else None,
         generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-    )  # fmt: skip
+    )
 
 
 def pair_loader(
-    split: RetrievalSplit, source: VideoSource, tokenize: Tokenize, *, expand: bool, batch_size: int,
-    num_workers: int, seed: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False,
-) -> DataLoader:  # fmt: skip
+    split: RetrievalSplit,
+    source: VideoSource,
+    tokenize: Tokenize,
+    *,
+    expand: bool,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` and ``.start`` before each epoch."""
     dataset = PairDataset(split, source, expand, seed)
     batches = GlobalBatchSampler(len(dataset), batch_size, rank, world_size, seed)
@@ -81,9 +95,16 @@ def pair_loader(
 
 
 def video_loader(
-    split: RetrievalSplit, source: VideoSource, *, batch_size: int, num_workers: int, seed: int = 0,
-    rank: int = 0, world_size: int = 1, pin_memory: bool = False,
-) -> DataLoader:  # fmt: skip
+    split: RetrievalSplit,
+    source: VideoSource,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Batches of the split's videos, each video once, this rank's share."""
     dataset = VideoDataset(split, source, seed)
     batches = ShardedBatches(len(dataset), batch_size, rank, world_size)

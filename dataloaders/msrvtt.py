@@ -53,8 +53,10 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     ids = unique_ids(path, ((f"line {line}", row["video_id"].strip()) for line, row in rows))
     alike = [name for name in columns if name.strip().lower() in ("sentence", "sentences", "caption", "captions")]
     if split == "test" and alike and "sentence" not in columns:
-        raise AnnotationError(f"{path}: line 1: column {alike[0]!r} must be called 'sentence' if it holds the test's "
-                              "captions; without it all captions of MSRVTT_data.json are queries")  # fmt: skip
+        raise AnnotationError(
+            f"{path}: line 1: column {alike[0]!r} must be called 'sentence' if it holds the test's "
+            "captions; without it all captions of MSRVTT_data.json are queries"
+        )
     if split == "test" and "sentence" in columns:
         captions = _captions_of_rows(path, rows)
         lists = ("test-1k",)

@@ -146,9 +146,13 @@ def qb_norm(similarity: ArrayLike, bank: ArrayLike, beta: float = QB_BETA) -> Te
 
 
 def retrieval_metrics(
-    similarity: ArrayLike, caption_to_video: ArrayLike, same_dsl_axis: bool = False, bank: ArrayLike | None = None,
-    scale: float = 1.0, captions: Sequence[str] | None = None,
-) -> Metrics:  # fmt: skip
+    similarity: ArrayLike,
+    caption_to_video: ArrayLike,
+    same_dsl_axis: bool = False,
+    bank: ArrayLike | None = None,
+    scale: float = 1.0,
+    captions: Sequence[str] | None = None,
+) -> Metrics:
     """``{"raw": {"t2v", "v2t"}, "dsl": …, "qb_norm": {"t2v"}, "duplicate_aware": …}`` of :func:`summarize`.
 
     similarity [N, V] includes the logit scale, and so does `bank` [B, V], without which there is no "qb_norm"; `scale`

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint_names import VIDEO_TOWER_PARTS
-from modules.clip import CLIP
-from modules.gather import gather_rows
+from checkpoints.names import VIDEO_TOWER_PARTS
+from engine.gather import gather_rows
+from engine.progress import progress
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP
 from modules.heads import Head
-from modules.losses import contrastive_loss
-from modules.progress import progress
+from modules.losses.contrastive import contrastive_loss
 from modules.representation import Representation, as_float32, count, take
-from modules.video_clip import VideoCLIP
 
 MAX_LOGIT_SCALE = 4.605170185988092  # ln(100), CLIP's upper bound
 ROWS = 4096  # texts at a time in the matrix product of a separable head
@@ -29,9 +29,13 @@ class VideoTextModel(nn.Module):
     """
 
     def __init__(
-        self, clip: CLIP, head: Head, scale_evaluation: bool = True, source_frames: int | None = None,
+        self,
+        clip: CLIP,
+        head: Head,
+        scale_evaluation: bool = True,
+        source_frames: int | None = None,
         cdcr_weight: float = 0.001,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.clip, self.head = clip, head
         self.new_parts: frozenset[str] = frozenset()
@@ -96,9 +100,13 @@ class VideoTextModel(nn.Module):
         return out
 
     def forward(
-        self, token_ids: Tensor, token_mask: Tensor, frames: Tensor, frame_mask: Tensor,
+        self,
+        token_ids: Tensor,
+        token_mask: Tensor,
+        frames: Tensor,
+        frame_mask: Tensor,
         generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Loss of a batch of pairs, a scalar; over the batches of all ranks when there are several.
 
         generator (CPU): for heads whose regularizer draws tokens; it must be in the same state on every rank.
@@ -138,5 +146,6 @@ def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:
     """Row and column ranges that cover [n, v], each with at most `pairs` entries (one at least)."""
     wide = max(1, min(v, pairs))
     high = max(1, pairs // wide)
-    return [(slice(r, min(r + high, n)), slice(c, min(c + wide, v))) for r in range(0, n, high)
-            for c in range(0, v, wide)]  # fmt: skip
+    return [
+        (slice(r, min(r + high, n)), slice(c, min(c + wide, v))) for r in range(0, n, high) for c in range(0, v, wide)
+    ]

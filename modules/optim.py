@@ -62,10 +62,19 @@ class BertAdam(torch.optim.Optimizer):
             raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
         if not (warmup == -1 or 0 <= warmup < 1):
             raise ValueError(f"--warmup_proportion must be in [0, 1) or -1, got {warmup}")
-        super().__init__(params, {
-            "lr": lr, "warmup": warmup, "t_total": t_total, "schedule": schedule, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        })  # fmt: skip
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "warmup": warmup,
+                "t_total": t_total,
+                "schedule": schedule,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "max_grad_norm": max_grad_norm,
+            },
+        )
 
     @staticmethod
     def scheduled_lr(group: dict, step: int) -> float:
@@ -158,9 +167,11 @@ def parameter_groups(
     for decay in (True, False):
         for clip in (True, False):
             groups[decay, clip] = {
-                "params": [], "names": [], "lr": lr * coef_lr if clip else lr,
+                "params": [],
+                "names": [],
+                "lr": lr * coef_lr if clip else lr,
                 "weight_decay": weight_decay if decay else 0.0,
-            }  # fmt: skip
+            }
     for full_name, parameter in model.named_parameters():
         name = parameter_name(full_name)
         if parameter.requires_grad:
@@ -171,9 +182,14 @@ def parameter_groups(
 
 
 STEM = (
-    "positional_embedding", "token_embedding.weight", "visual.class_embedding", "visual.positional_embedding",
-    "visual.conv1.weight", "visual.ln_pre.weight", "visual.ln_pre.bias",
-)  # fmt: skip
+    "positional_embedding",
+    "token_embedding.weight",
+    "visual.class_embedding",
+    "visual.positional_embedding",
+    "visual.conv1.weight",
+    "visual.ln_pre.weight",
+    "visual.ln_pre.bias",
+)
 
 
 def freeze(clip: nn.Module, num_layers: int) -> list[str]:

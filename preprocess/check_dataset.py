@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.frames import FrameSampling
 from dataloaders.integrity import count_problems
 from dataloaders.registry import DATASETS, attach_videos, load_annotations
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
-from dataloaders.video import VideoReadError, probe_video, read_frames
+from dataloaders.video.decode import VideoReadError, probe_video, read_frames
+from dataloaders.video.frames import FrameSampling
 from preprocess.check_report import SplitReport, describe
 from preprocess.parallel import run_parallel
 

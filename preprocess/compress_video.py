@@ -20,7 +20,7 @@ from pathlib import Path
 
 import av
 
-from dataloaders.packets import VideoReadError, probe_video
+from dataloaders.video.packets import VideoReadError, probe_video
 from preprocess.parallel import run_parallel
 from preprocess.reencode import BACKENDS, ReencodeError, Target, choose_backend, look_at, reencode, why_unfit
 

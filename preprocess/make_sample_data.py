@@ -33,9 +33,11 @@ MIN_RESOLUTION, MAX_RESOLUTION = 32, 2160
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the command; exits with a message naming flag and value where one is impossible."""
     parser = argparse.ArgumentParser(
-        prog="make_sample_data", description=__doc__.split("\n")[0], allow_abbrev=False,
+        prog="make_sample_data",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--output_dir", required=True, type=Path, help="gets one folder a dataset, and clip/")
     add("--datatype", required=True, choices=[*LAYOUTS, "all"], help="dataset layout to write")
@@ -45,8 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--n_{split}", type=int, default=argparse.SUPPRESS, help=f"{split} clips (default: {defaults})")
     order = "msrvtt: add so many pairs of test clips that differ in frame order only, and as many a clip to train"
     add("--order_pairs", type=int, default=0, help=order)
-    add("--captions", choices=("varied", "plain"), default="varied", help="plain: one a clip (paragraphs stay whole), "
-        "with every fact in one fixed wording")  # fmt: skip
+    add(
+        "--captions",
+        choices=("varied", "plain"),
+        default="varied",
+        help="plain: one a clip (paragraphs stay whole), with every fact in one fixed wording",
+    )
     add("--resolution", type=int, default=96, help="short side of the smallest clips, pixels")
     add("--min_seconds", type=float, default=2.0, help="shortest clip, seconds (didemo: always 5 a moment)")
     add("--max_seconds", type=float, default=5.0, help="longest clip, seconds")
@@ -100,8 +106,13 @@ def make_dataset(args: argparse.Namespace, datatype: str) -> None:
     folder = args.output_dir / datatype
     counts = counts_of(args, datatype)
     seconds = (args.min_seconds, args.max_seconds)
-    parameters = {"datatype": datatype, "seed": args.seed, "resolution": args.resolution, "seconds": list(seconds),
-                  "captions": args.captions}  # fmt: skip
+    parameters = {
+        "datatype": datatype,
+        "seed": args.seed,
+        "resolution": args.resolution,
+        "seconds": list(seconds),
+        "captions": args.captions,
+    }
     parameters |= asdict(counts)
     if not args.force and is_up_to_date(folder, parameters):
         print(f"{folder} is up to date")

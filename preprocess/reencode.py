@@ -18,8 +18,8 @@ from pathlib import Path
 import av
 import av.filter
 
-from dataloaders.packets import VideoInfo, VideoReadError, open_video
-from dataloaders.strict import all_frames
+from dataloaders.video.packets import VideoInfo, VideoReadError, open_video
+from dataloaders.video.strict import all_frames
 
 BACKENDS = ("pyav", "ffmpeg")
 ENCODER = "libx264"

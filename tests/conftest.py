@@ -11,12 +11,38 @@ from preprocess.make_sample_data import main as make_sample_data
 def sample(tmp_path_factory) -> Path:
     """A folder with a small msrvtt sample (48 training clips, 12 test clips) and a tiny untrained CLIP."""
     folder = tmp_path_factory.mktemp("sample")
-    make_sample_data([
-        "--output_dir", str(folder), "--datatype", "msrvtt", "--seed", "5", "--n_train", "48", "--n_test", "12",
-        "--resolution", "64", "--max_seconds", "3", "--clip_vision_layers", "2", "--clip_text_layers", "1",
-        "--clip_vision_width", "64", "--clip_text_width", "64", "--clip_embed_dim", "64", "--clip_resolution", "32",
-        "--clip_patch", "8",
-    ])  # fmt: skip
+    make_sample_data(
+        [
+            "--output_dir",
+            str(folder),
+            "--datatype",
+            "msrvtt",
+            "--seed",
+            "5",
+            "--n_train",
+            "48",
+            "--n_test",
+            "12",
+            "--resolution",
+            "64",
+            "--max_seconds",
+            "3",
+            "--clip_vision_layers",
+            "2",
+            "--clip_text_layers",
+            "1",
+            "--clip_vision_width",
+            "64",
+            "--clip_text_width",
+            "64",
+            "--clip_embed_dim",
+            "64",
+            "--clip_resolution",
+            "32",
+            "--clip_patch",
+            "8",
+        ]
+    )
     return folder
 
 
@@ -25,21 +51,63 @@ def msrvtt_flags(sample, tmp_path) -> list[str]:
     """Flags of every run on the sample, writing to a folder of the test's own."""
     data = sample / "msrvtt"
     return [
-        "--datatype", "msrvtt", "--train_csv", f"{data}/MSRVTT_train.9k.csv", "--val_csv",
-        f"{data}/MSRVTT_JSFUSION_test.csv", "--data_path", f"{data}/MSRVTT_data.json", "--features_path",
-        f"{data}/videos/all", "--output_dir", f"{tmp_path}/out", "--max_frames", "3", "--num_thread_reader", "0",
-        "--pretrained_clip_name", f"{sample}/clip/tiny_clip.pt", "--device", "cpu",
-    ]  # fmt: skip
+        "--datatype",
+        "msrvtt",
+        "--train_csv",
+        f"{data}/MSRVTT_train.9k.csv",
+        "--val_csv",
+        f"{data}/MSRVTT_JSFUSION_test.csv",
+        "--data_path",
+        f"{data}/MSRVTT_data.json",
+        "--features_path",
+        f"{data}/videos/all",
+        "--output_dir",
+        f"{tmp_path}/out",
+        "--max_frames",
+        "3",
+        "--num_thread_reader",
+        "0",
+        "--pretrained_clip_name",
+        f"{sample}/clip/tiny_clip.pt",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="session")
 def sample_all(tmp_path_factory) -> Path:
     """A folder with a small sample of each of the six datasets (24 / 8 / 12 clips) and a tiny untrained CLIP."""
     folder = tmp_path_factory.mktemp("sample_all")
-    make_sample_data([
-        "--output_dir", str(folder), "--datatype", "all", "--seed", "3", "--n_train", "24", "--n_test", "12",
-        "--resolution", "64", "--max_seconds", "3", "--clip_vision_layers", "1", "--clip_text_layers", "1",
-        "--clip_vision_width", "64", "--clip_text_width", "64", "--clip_embed_dim", "64", "--clip_resolution", "32",
-        "--clip_patch", "8",
-    ])  # fmt: skip
+    make_sample_data(
+        [
+            "--output_dir",
+            str(folder),
+            "--datatype",
+            "all",
+            "--seed",
+            "3",
+            "--n_train",
+            "24",
+            "--n_test",
+            "12",
+            "--resolution",
+            "64",
+            "--max_seconds",
+            "3",
+            "--clip_vision_layers",
+            "1",
+            "--clip_text_layers",
+            "1",
+            "--clip_vision_width",
+            "64",
+            "--clip_text_width",
+            "64",
+            "--clip_embed_dim",
+            "64",
+            "--clip_resolution",
+            "32",
+            "--clip_patch",
+            "8",
+        ]
+    )
     return folder

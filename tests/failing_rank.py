@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main_task_retrieval  # noqa: E402
-from modules import rank_watch  # noqa: E402
-from modules.trainer import Trainer  # noqa: E402
+from engine import rank_watch  # noqa: E402
+from engine.step import Trainer  # noqa: E402
 
 
 def fail_at_step(how: str, rank: int) -> None:

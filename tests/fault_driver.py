@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
+import engine.resume  # noqa: E402
+import engine.train  # noqa: E402
 import main_task_retrieval  # noqa: E402
-import modules.resume  # noqa: E402
-import modules.train  # noqa: E402
-from modules.trainer import Trainer  # noqa: E402
+from engine.step import Trainer  # noqa: E402
 
 
 def die() -> None:
@@ -65,7 +65,7 @@ def at_write(number: int, act) -> None:
         def __getattr__(self, name):
             return save if name == "save" else getattr(torch, name)
 
-    modules.resume.torch = Torch()
+    engine.resume.torch = Torch()
 
 
 def half_a_write(content, file) -> None:
@@ -98,7 +98,7 @@ def arrange(plan: dict) -> None:
     if "terminate_at_step" in plan:
         after_call(Trainer, "step", plan["terminate_at_step"], lambda: os.kill(os.getpid(), signal.SIGTERM))
     if "kill_before_last" in plan:
-        after_call(modules.train, "write_history", plan["kill_before_last"], die)
+        after_call(engine.train, "write_history", plan["kill_before_last"], die)
     if "kill_in_write" in plan:
         at_write(plan["kill_in_write"], half_a_write)
     if "full_disk" in plan:
@@ -128,7 +128,7 @@ def saved_steps(folder: Path) -> int:
     path = folder / "checkpoint_last.pt"
     if not path.exists():
         return 0
-    content = modules.resume.load_last(path)
+    content = engine.resume.load_last(path)
     counts = {state["step"] for state in content["optimizer"]["state"].values()}
     return max(counts, default=0)
 

@@ -2,16 +2,21 @@
 
 import torch
 
-from modules.checkpoints import clip_sizes, load_strict
-from modules.clip import CLIP
+from checkpoints.read import clip_sizes, load_strict
+from modules.encoders.clip import CLIP
 from modules.heads import build_head
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import parameter_name
 
 
-def build(tensors: dict[str, torch.Tensor], sim_header: str, num_layers: int = 2, compat: str = "none",
-          head_options: HeadOptions | None = None):  # fmt: skip
+def build(
+    tensors: dict[str, torch.Tensor],
+    sim_header: str,
+    num_layers: int = 2,
+    compat: str = "none",
+    head_options: HeadOptions | None = None,
+):
     """Tensors under CLIP4Clip's names -> VideoTextModel in evaluation mode."""
     clip = {k: v for k, v in tensors.items() if k.startswith("clip.")}
     sizes = clip_sizes(clip)
@@ -29,5 +34,9 @@ def build(tensors: dict[str, torch.Tensor], sim_header: str, num_layers: int = 2
 def video_inputs(inputs: dict[str, torch.Tensor], suffix: str = "") -> tuple[torch.Tensor, ...]:
     """The reference's (B, 1, F, 1, 3, H, W) video as our frames [B, F, 3, H, W], and all arguments of the model."""
     frames = inputs[f"video{suffix}"].squeeze(3).squeeze(1)
-    return (inputs[f"input_ids{suffix}"], inputs[f"attention_mask{suffix}"].bool(), frames,
-            inputs[f"video_mask{suffix}"].bool())  # fmt: skip
+    return (
+        inputs[f"input_ids{suffix}"],
+        inputs[f"attention_mask{suffix}"].bool(),
+        frames,
+        inputs[f"video_mask{suffix}"].bool(),
+    )

@@ -8,19 +8,30 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from modules.cached_step import cached_backward
-from modules.checkpoints import ClipSizes
-from modules.clip import CLIP
-from modules.distributed import World
-from modules.evaluate import autocast
+from checkpoints.read import ClipSizes
+from engine.cached_step import cached_backward
+from engine.distributed import World
+from engine.evaluate import autocast
+from engine.step import NonFiniteError, Trainer, trade
+from modules.encoders.clip import CLIP
 from modules.heads import HEADS
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
-from modules.trainer import NonFiniteError, Trainer, trade
 
-SIZES = ClipSizes(embed_dim=32, image_resolution=16, vision_layers=2, vision_width=64, patch_size=8, context_length=12,
-                  vocab_size=50, text_width=64, text_heads=1, text_layers=1, vision_heads=1)  # fmt: skip
+SIZES = ClipSizes(
+    embed_dim=32,
+    image_resolution=16,
+    vision_layers=2,
+    vision_width=64,
+    patch_size=8,
+    context_length=12,
+    vocab_size=50,
+    text_width=64,
+    text_heads=1,
+    text_layers=1,
+    vision_heads=1,
+)
 PAIRS, STEPS, CPU = 64, 10, torch.device("cpu")
 # Every head that is registered, in one piece for ten steps and in eight for three.
 RUNS = [(head, pieces, steps) for head in sorted(HEADS) for pieces, steps in ((1, STEPS), (8, 3))]
@@ -48,27 +59,40 @@ def make_batch(step: int, rank: int = 0, size: int = 1) -> SimpleNamespace:
     ids[:, -1] = 49
     lengths = torch.randint(1, 4, (PAIRS, 1), generator=generator)
     arrays = {
-        "token_ids": ids, "token_mask": torch.ones(PAIRS, 12, dtype=torch.bool),
+        "token_ids": ids,
+        "token_mask": torch.ones(PAIRS, 12, dtype=torch.bool),
         "frames": torch.randint(0, 256, (PAIRS, 3, 3, 16, 16), generator=generator, dtype=torch.uint8),
         "frame_mask": torch.arange(3)[None] < lengths,
-    }  # fmt: skip
+    }
     ids = [f"v{i}" for i in range(PAIRS)]
-    return SimpleNamespace(**{k: v.tensor_split(size)[rank] for k, v in arrays.items()},
-                           video_ids=[ids[i] for i in torch.arange(PAIRS).tensor_split(size)[rank]])  # fmt: skip
+    return SimpleNamespace(
+        **{k: v.tensor_split(size)[rank] for k, v in arrays.items()},
+        video_ids=[ids[i] for i in torch.arange(PAIRS).tensor_split(size)[rank]],
+    )
 
 
 def run(head: str, pieces: int, rank: int = 0, size: int = 1, steps: int = STEPS) -> dict:
     """Loss and gradients of the first batch, and the weights after `steps` steps."""
     model = make_model(head)
-    optimizer = BertAdam(parameter_groups(model, 1e-3, 0.1, 0.2, "none"), lr=1e-3, warmup=0.1, t_total=100,
-                         schedule="warmup_cosine", betas=(0.9, 0.98))  # fmt: skip
+    optimizer = BertAdam(
+        parameter_groups(model, 1e-3, 0.1, 0.2, "none"),
+        lr=1e-3,
+        warmup=0.1,
+        t_total=100,
+        schedule="warmup_cosine",
+        betas=(0.9, 0.98),
+    )
     trainer = Trainer(model, optimizer, World(rank, size, CPU), "fp32", 1.0, pieces)
     loss = trainer.backward(make_batch(0, rank, size)).item()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     optimizer.zero_grad(set_to_none=True)
     losses = [trainer.step(make_batch(step, rank, size))[0] for step in range(steps)]
-    return {"loss": loss, "gradients": gradients, "losses": losses,
-            "weights": {k: v.clone() for k, v in model.state_dict().items()}}  # fmt: skip
+    return {
+        "loss": loss,
+        "gradients": gradients,
+        "losses": losses,
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+    }
 
 
 def one_rank(rank: int, size: int, folder: str) -> None:
@@ -121,8 +145,9 @@ def test_ranks_are_one_process(whole, size, tmp_path):
 def test_pieces_of_their_own_are_not_the_whole_batch(whole):
     """What summing the gradients of 8 small losses would give is far off: the reason for the cached step."""
     model, batch = make_model("meanP"), make_batch(0)
-    for ids, mask, frames, frame_mask in zip(*(getattr(batch, n).chunk(8) for n in
-                                             ("token_ids", "token_mask", "frames", "frame_mask"))):  # fmt: skip
+    for ids, mask, frames, frame_mask in zip(
+        *(getattr(batch, n).chunk(8) for n in ("token_ids", "token_mask", "frames", "frame_mask"))
+    ):
         (model(ids, mask, frames, frame_mask) / 8).backward()
     want = whole["meanP", STEPS]["gradients"]["clip.visual.proj"]
     assert (model.clip.visual.proj.grad - want).norm() > 0.1 * want.norm()
@@ -176,8 +201,12 @@ class Pairwise(nn.Module):
 def test_tuples_masks_and_dropout():
     """The second pass draws the dropout of the first: the gradient is that of the loss that was reported."""
     generator = torch.Generator().manual_seed(0)
-    arrays = [torch.randn(7, 3, 5, generator=generator), torch.rand(7, 3, generator=generator) > 0.3,
-              torch.randn(7, 2, 6, generator=generator), torch.rand(7, 2, generator=generator) > 0.3]  # fmt: skip
+    arrays = [
+        torch.randn(7, 3, 5, generator=generator),
+        torch.rand(7, 3, generator=generator) > 0.3,
+        torch.randn(7, 2, 6, generator=generator),
+        torch.rand(7, 2, generator=generator) > 0.3,
+    ]
     model = Pairwise()
     torch.manual_seed(9)
     loss = cached_backward(model, arrays, 3, CPU, lambda: autocast(CPU, "fp32"))

@@ -27,14 +27,17 @@ def refused(capsys, flags: list[str], action: str = "--do_eval") -> str:
     return error
 
 
-@pytest.mark.parametrize(("flag", "content", "expected"), [
-    ("val_csv", None, ["--val_csv", "bad.csv"]),
-    ("val_csv", "key,vid_key,sentence\nret0,msr1,a dog\n", ["bad.csv", "video_id", "sentence"]),
-    ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video1,a dog\nret1,msr2,video2\n", ["bad.csv", "line 3"]),
-    ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video7010,\n", ["bad.csv", "line 2"]),
-    ("val_csv", "", ["bad.csv", "no row in the file"]),
-    ("val_csv", "key,vid_key,video_id,Sentence\nret0,msr1,video7010,a dog\n", ["bad.csv", "line 1", "'sentence'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "content", "expected"),
+    [
+        ("val_csv", None, ["--val_csv", "bad.csv"]),
+        ("val_csv", "key,vid_key,sentence\nret0,msr1,a dog\n", ["bad.csv", "video_id", "sentence"]),
+        ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video1,a dog\nret1,msr2,video2\n", ["bad.csv", "line 3"]),
+        ("val_csv", "key,vid_key,video_id,sentence\nret0,msr1,video7010,\n", ["bad.csv", "line 2"]),
+        ("val_csv", "", ["bad.csv", "no row in the file"]),
+        ("val_csv", "key,vid_key,video_id,Sentence\nret0,msr1,video7010,a dog\n", ["bad.csv", "line 1", "'sentence'"]),
+    ],
+)
 def test_a_bad_list(msrvtt_flags, tmp_path, capsys, flag, content, expected):
     path = tmp_path / "bad.csv"
     if content is not None:
@@ -44,12 +47,15 @@ def test_a_bad_list(msrvtt_flags, tmp_path, capsys, flag, content, expected):
         assert word in error
 
 
-@pytest.mark.parametrize(("content", "expected"), [
-    (None, ["--data_path", "bad.json"]),
-    ('{"videos": [],\n "sentences": [}', ["bad.json", "line 2"]),
-    ('{"videos": []}', ["bad.json", "sentences"]),
-    ('{"sentences": [{"video_id": "video0"}]}', ["bad.json", "caption"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, ["--data_path", "bad.json"]),
+        ('{"videos": [],\n "sentences": [}', ["bad.json", "line 2"]),
+        ('{"videos": []}', ["bad.json", "sentences"]),
+        ('{"sentences": [{"video_id": "video0"}]}', ["bad.json", "caption"]),
+    ],
+)
 def test_bad_annotations(sample, msrvtt_flags, tmp_path, capsys, content, expected):
     path = tmp_path / "bad.json"
     shutil.copy(sample / "msrvtt" / "expected.json", tmp_path)
@@ -75,17 +81,25 @@ def test_an_output_folder_that_cannot_be(msrvtt_flags, tmp_path, capsys):
 
 def test_cuda_asked_for_by_name_where_there_is_none(msrvtt_flags):
     flags = with_value(msrvtt_flags, "device", "cuda")
-    done = subprocess.run([sys.executable, "main_task_retrieval.py", "--do_eval", *flags], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "main_task_retrieval.py", "--do_eval", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 1
     assert "--device cuda: no CUDA device is visible to torch" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    ("absent.pt", None, ["absent.pt", "no such file", "ViT-B/32"]),
-    ("page.pt", b"<!DOCTYPE html><html>404</html>", ["page.pt", "web page"]),
-    ("cut.pt", b"PK\x03\x04 and no more", ["cut.pt"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("absent.pt", None, ["absent.pt", "no such file", "ViT-B/32"]),
+        ("page.pt", b"<!DOCTYPE html><html>404</html>", ["page.pt", "web page"]),
+        ("cut.pt", b"PK\x03\x04 and no more", ["cut.pt"]),
+    ],
+)
 def test_weights_that_are_none(msrvtt_flags, tmp_path, capsys, name, content, expected):
     path = tmp_path / name
     if content is not None:
@@ -110,8 +124,9 @@ def test_freezing_more_layers_than_there_are(msrvtt_flags, capsys):
     assert "--freeze_layer_num must be in -1..2 for this CLIP, got 3" in error
 
 
-@pytest.mark.parametrize("command", ["preprocess.make_sample_data", "preprocess.check_dataset",
-                                     "preprocess.compress_video", "tools.demo"])  # fmt: skip
+@pytest.mark.parametrize(
+    "command", ["preprocess.make_sample_data", "preprocess.check_dataset", "preprocess.compress_video", "tools.demo"]
+)
 def test_unknown_flags_of_the_other_commands(command):
     done = subprocess.run([sys.executable, "-m", command, "--no_such_flag"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, batches
 from benchmarks.order_scores import interval, pair_wins
-from dataloaders.frames import FrameSampling
+from dataloaders.video.frames import FrameSampling
 from preprocess.sample.plan import RATES
 
 ROOT = Path(__file__).parent.parent
@@ -17,13 +17,15 @@ ROOT = Path(__file__).parent.parent
 
 def test_pair_wins_on_a_matrix_by_hand():
     """Videos 0-1 and 2-3 are pairs, 4 is none. Captions are stored as those of videos 1, 0, 2, 3, 4."""
-    similarity = np.array([
-        [0.3, 0.7, 9, 9, 9],  # of video 1: itself above 0
-        [0.2, 0.8, 9, 9, 9],  # of video 0: 1 above itself
-        [9, 9, 0.5, 0.5, 9],  # of video 2: a tie with 3
-        [9, 9, 0.4, 0.6, 9],  # of video 3: itself above 2
-        [0, 0, 0, 0, 0],
-    ])  # fmt: skip
+    similarity = np.array(
+        [
+            [0.3, 0.7, 9, 9, 9],  # of video 1: itself above 0
+            [0.2, 0.8, 9, 9, 9],  # of video 0: 1 above itself
+            [9, 9, 0.5, 0.5, 9],  # of video 2: a tie with 3
+            [9, 9, 0.4, 0.6, 9],  # of video 3: itself above 2
+            [0, 0, 0, 0, 0],
+        ]
+    )
     t2v, v2t = pair_wins(similarity, np.array([1, 0, 2, 3, 4]), np.array([[0, 1], [2, 3]]))
     assert t2v.tolist() == [[False, True], [False, True]]
     # video 0: 0.2 against 0.3; video 1: 0.7 against 0.8; video 2: 0.5 against 0.4; video 3: 0.6 against 0.5
@@ -61,11 +63,33 @@ def test_batches_hold_whole_pairs():
 def test_short_run_prints_the_table(tmp_path):
     """Every kind of head: with a position table, without, and the tower with temporal parts of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "seqTransf", "clip_evl", "--epochs",
-         "1", "--clip_epochs", "1", "--n_train", "2", "--n_test", "1", "--order_pairs", "3", "--batch_pairs", "4",
-         "--output_dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_order",
+            "--heads",
+            "meanP",
+            "seqTransf",
+            "clip_evl",
+            "--epochs",
+            "1",
+            "--clip_epochs",
+            "1",
+            "--n_train",
+            "2",
+            "--n_test",
+            "1",
+            "--order_pairs",
+            "3",
+            "--batch_pairs",
+            "4",
+            "--output_dir",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     tables = done.stdout.split("| head |")[1:]  # one as soon as a head is done
     rows = [line.split("|")[1].strip() for line in tables[-1].splitlines() if line.startswith("|")]
@@ -73,8 +97,25 @@ def test_short_run_prints_the_table(tmp_path):
 
 
 def test_clips_of_other_options_are_kept_until_force_is_given(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.bench_order", "--heads", "meanP", "--epochs", "1", "--clip_epochs",
-               "1", "--n_train", "2", "--n_test", "1", "--order_pairs", "1", "--output_dir", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_order",
+        "--heads",
+        "meanP",
+        "--epochs",
+        "1",
+        "--clip_epochs",
+        "1",
+        "--n_train",
+        "2",
+        "--n_test",
+        "1",
+        "--order_pairs",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
     for more, status in (["--seed", "0"], 0), (["--seed", "1"], 1), (["--seed", "1", "--force"], 0):
         done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
@@ -84,7 +125,9 @@ def test_clips_of_other_options_are_kept_until_force_is_given(tmp_path):
 def test_an_impossible_number_names_its_flag(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_order", "--order_pairs", "0", "--output_dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert "--order_pairs must be >= 1, got 0" in done.stderr

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from modules.checkpoints import (
+from checkpoints.read import (
     CheckpointError,
     ClipSizes,
     clip_sizes,
@@ -27,9 +27,19 @@ from modules.checkpoints import (
     save_checkpoint,
 )
 
-SIZES = ClipSizes(embed_dim=32, image_resolution=24, vision_layers=3, vision_width=128, patch_size=8,
-                  context_length=16, vocab_size=100, text_width=64, text_heads=1, text_layers=2,
-                  vision_heads=2)  # fmt: skip
+SIZES = ClipSizes(
+    embed_dim=32,
+    image_resolution=24,
+    vision_layers=3,
+    vision_width=128,
+    patch_size=8,
+    context_length=16,
+    vocab_size=100,
+    text_width=64,
+    text_heads=1,
+    text_layers=2,
+    vision_heads=2,
+)
 
 
 class QuickGELU(nn.Module):
@@ -141,8 +151,10 @@ def archive(tmp_path, model, how, dtype=torch.float16):
     return path
 
 
-@pytest.mark.parametrize(("how", "dtype"), [("script", torch.float16), ("trace", torch.float16),
-                                            ("script", torch.bfloat16), ("trace", torch.float32)])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [("script", torch.float16), ("trace", torch.float16), ("script", torch.bfloat16), ("trace", torch.float32)],
+)
 @pytest.mark.parametrize(("activation", "name"), [(QuickGELU, "quick_gelu"), (nn.GELU, "gelu"), (nn.ReLU, None)])
 def test_torchscript_archive(tmp_path, how, activation, name, dtype):
     model = tiny(activation)
@@ -170,14 +182,18 @@ def test_torchscript_views_and_shared_storage(tmp_path):
     assert checkpoint.tensors["clip.positional_embedding"].untyped_storage().nbytes() == 16 * 64 * 4
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {"model": state, "optimizer": {"state": {}}},
-    lambda state: {"model_state_dict": {f"module.{k}": v for k, v in state.items()}},
-    lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
-    lambda state: {"state_dict": {"module": state}},
-], ids=["plain", "state_dict", "model", "model_state_dict", "prefixes", "nested"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"state": {}}},
+        lambda state: {"model_state_dict": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {"state_dict": {"module": state}},
+    ],
+    ids=["plain", "state_dict", "model", "model_state_dict", "prefixes", "nested"],
+)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_plain_state_dict(tmp_path, wrap, legacy):
     state = tiny().half().state_dict()
@@ -200,8 +216,10 @@ def test_openais_integers_tell_quick_gelu(tmp_path):
     assert (checkpoint.activation, "OpenAI" in checkpoint.activation_reason) == ("quick_gelu", True)
 
 
-HEADS = {"transformerClip.resblocks.0.ln_1.weight": torch.ones(32),
-         "frame_position_embeddings.weight": torch.ones(16, 32)}  # fmt: skip
+HEADS = {
+    "transformerClip.resblocks.0.ln_1.weight": torch.ones(32),
+    "frame_position_embeddings.weight": torch.ones(16, 32),
+}
 
 
 def test_clip4clip(tmp_path):
@@ -245,8 +263,10 @@ def test_open_clip(tmp_path, kind, model_class, quick):
     assert checkpoint.path == tmp_path / kind
 
 
-@pytest.mark.parametrize(("part", "change"), [("vision_cfg", {"head_width": 80}), ("text_cfg", {"heads": 2}),
-                                              ("text_cfg", {"no_causal_mask": True})])
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("vision_cfg", {"head_width": 80}), ("text_cfg", {"heads": 2}), ("text_cfg", {"no_causal_mask": True})],
+)
 def test_open_clip_with_what_is_not_built(tmp_path, part, change):
     torch.save(tiny().state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     config = OPEN_CLIP_SIZES | {part: OPEN_CLIP_SIZES[part] | change}
@@ -257,11 +277,26 @@ def test_open_clip_with_what_is_not_built(tmp_path, part, change):
 
 def hugging_face(folder, activation="gelu", safe=True):
     torch.manual_seed(2)
-    text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 2,
-            "vocab_size": 100, "max_position_embeddings": 16, "hidden_act": activation,
-            "bos_token_id": 98, "eos_token_id": 99}  # fmt: skip
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "num_hidden_layers": 3,
-              "image_size": 24, "patch_size": 8, "hidden_act": activation}  # fmt: skip
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 16,
+        "hidden_act": activation,
+        "bos_token_id": 98,
+        "eos_token_id": 99,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 24,
+        "patch_size": 8,
+        "hidden_act": activation,
+    }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -282,8 +317,12 @@ def test_hugging_face(tmp_path, activation, safe):
     assert checkpoint.kind == "CLIP, Hugging Face CLIPModel"
     assert checkpoint.head_tensors == {}
     assert clip_sizes(checkpoint.tensors) == SIZES
-    ours = OpenClip(32, CLIPVisionCfg(**OPEN_CLIP_SIZES["vision_cfg"]), CLIPTextCfg(**OPEN_CLIP_SIZES["text_cfg"]),
-                    quick_gelu=activation == "quick_gelu").eval()  # fmt: skip
+    ours = OpenClip(
+        32,
+        CLIPVisionCfg(**OPEN_CLIP_SIZES["vision_cfg"]),
+        CLIPTextCfg(**OPEN_CLIP_SIZES["text_cfg"]),
+        quick_gelu=activation == "quick_gelu",
+    ).eval()
     load_strict(ours, {key.removeprefix("clip."): value for key, value in checkpoint.tensors.items()}, "tiny")
     images, ids = torch.randn(2, 3, 24, 24), torch.randint(1, 98, (2, 16))
     ids[:, -1] = 99
@@ -340,9 +379,14 @@ def test_saving_where_it_cannot_be_leaves_what_was_there(tmp_path):
 
 
 def test_clip_sizes_at_the_real_shape():
-    shapes = {"visual.conv1.weight": (768, 3, 32, 32), "visual.positional_embedding": (50, 768),
-              "ln_final.weight": (512,), "text_projection": (512, 512), "positional_embedding": (77, 512),
-              "token_embedding.weight": (49408, 512)}  # fmt: skip
+    shapes = {
+        "visual.conv1.weight": (768, 3, 32, 32),
+        "visual.positional_embedding": (50, 768),
+        "ln_final.weight": (512,),
+        "text_projection": (512, 512),
+        "positional_embedding": (77, 512),
+        "token_embedding.weight": (49408, 512),
+    }
     for i in range(12):
         shapes[f"visual.transformer.resblocks.{i}.attn.in_proj_weight"] = (2304, 768)
         shapes[f"transformer.resblocks.{i}.attn.in_proj_weight"] = (1536, 512)
@@ -362,15 +406,21 @@ def test_clip_sizes_of_the_recorded_models():
         for key in ("embed_dim", "image_resolution", "vision_layers", "vision_width", "context_length", "vocab_size"):
             assert sizes[key] == config[key]
         assert [sizes["patch_size"], sizes["text_width"], sizes["text_layers"]] == [
-            config["vision_patch_size"], config["transformer_width"], config["transformer_layers"]]  # fmt: skip
+            config["vision_patch_size"],
+            config["transformer_width"],
+            config["transformer_layers"],
+        ]
 
 
-@pytest.mark.parametrize(("key", "shape", "message"), [
-    ("visual.positional_embedding", (12, 128), "11 patch positions, not a square"),
-    ("visual.conv1.weight", (128, 3, 8, 4), "not square image patches"),
-    ("visual.conv1.weight", (100, 3, 8, 8), "not a multiple of 64"),
-    ("visual.conv1.weight", (1280, 3, 14, 14), "wider than ViT-L"),
-])
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("visual.positional_embedding", (12, 128), "11 patch positions, not a square"),
+        ("visual.conv1.weight", (128, 3, 8, 4), "not square image patches"),
+        ("visual.conv1.weight", (100, 3, 8, 8), "not a multiple of 64"),
+        ("visual.conv1.weight", (1280, 3, 14, 14), "wider than ViT-L"),
+    ],
+)
 def test_clip_sizes_refuses(key, shape, message):
     with pytest.raises(CheckpointError, match=message):
         clip_sizes(canonical(tiny().state_dict()) | {f"clip.{key}": torch.empty(shape)})
@@ -383,8 +433,14 @@ def test_load_strict_lists_what_differs_and_copies_nothing():
     tensors |= {f"lstm.{i}": torch.zeros(5) for i in range(6)}
     with pytest.raises(CheckpointError) as caught:
         load_strict(model, tensors, "my.bin")
-    for part in ("my.bin", "1 missing in the file: 1.bias [1].", "6 without a place in the model: lstm.0 [5]",
-                 "and 2 more", "1 of another shape: 0.bias: file [4], model [3].", "--sim_header"):  # fmt: skip
+    for part in (
+        "my.bin",
+        "1 missing in the file: 1.bias [1].",
+        "6 without a place in the model: lstm.0 [5]",
+        "and 2 more",
+        "1 of another shape: 0.bias: file [4], model [3].",
+        "--sim_header",
+    ):
         assert part in str(caught.value)
     assert_equal(model.state_dict(), before)
     load_strict(model, {key: value + 1 for key, value in before.items()}, "my.bin")
@@ -405,18 +461,22 @@ WRONG = {
     "cut": (lambda: saved(tiny().state_dict())[:50_000], "breaks off"),
     "cut_safetensors": (lambda: save({"x": torch.ones(9)})[:-4], r"\.safetensors file that breaks off"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(50), "Unpack"),
-    "optimizer": (lambda: saved({"epoch": 1, "optimizer_state_dict": {"state": {}, "param_groups": []},
-                                 "loss": torch.ones(1)}), "state of an optimizer"),
+    "optimizer": (
+        lambda: saved({"epoch": 1, "optimizer_state_dict": {"state": {}, "param_groups": []}, "loss": torch.ones(1)}),
+        "state of an optimizer",
+    ),
     "adam": (lambda: saved(torch.optim.Adam([nn.Parameter(torch.ones(1))]).state_dict()), "state of an optimizer"),
     "resnet": (lambda: saved({"visual.layer1.0.conv1.weight": torch.ones(1)}), "ResNet image tower"),
     "siglip": (lambda: saved({"visual.trunk.blocks.0.x": torch.ones(1)}), "timm image tower"),
     "other": (lambda: saved({"encoder.weight": torch.ones(1)}), r"something other than a CLIP.*encoder\.weight"),
-    "half": (lambda: saved({k: v for k, v in tiny().state_dict().items() if k != "text_projection"}),
-             "without text_projection"),
+    "half": (
+        lambda: saved({k: v for k, v in tiny().state_dict().items() if k != "text_projection"}),
+        "without text_projection",
+    ),
     "list": (lambda: saved([torch.ones(1)]), "holds a list"),
     "nothing": (lambda: saved({}), "no state dict"),
     "whole_module": (lambda: saved(nn.Linear(1, 1)), "save only its weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -471,20 +531,26 @@ def test_nothing_in_a_file_is_run(tmp_path, where):
     assert sorted(os.listdir(tmp_path)) == ["evil.pt"]
 
 
-TENSOR = (b"\x80\x02c__torch__\nM\n)\x81}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
-          b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ%s\x89ccollections\nOrderedDict\n)RtRsb.")
+TENSOR = (
+    b"\x80\x02c__torch__\nM\n)\x81}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ%s\x89ccollections\nOrderedDict\n)RtRsb."
+)
 
 
-@pytest.mark.parametrize(("data_pkl", "message"), [
-    (TENSOR % b"K\x00K\x01\x85K\x01\x85", r"1 tensors of something other than a CLIP model \(such as w\)"),  # sound
-    (TENSOR % b"K\x00K\x09\x85K\x00\x85", r"shape \(9,\) does not fit 1 stored"),  # stride 0
-    (TENSOR % b"K\x05K\x01\x85K\x01\x85", "out of bounds"),  # offset beyond the storage
-    (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "asks for builtins.eval"),
-    (b"\x80\x02ctorch.hub\nload\n.", r"asks for torch\.hub\.load"),
-    (b"\x80\x02c__torch__\nM\n}X\x01\x00\x00\x00a}sb.", "damaged"),  # state given to a class, not an instance
-    (b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.", "without end"),  # a module inside itself
-    (b"\x80\x02K\x01.", "without a module"),
-], ids=["sound", "stride", "offset", "eval", "hub", "class_state", "cycle", "no_module"])
+@pytest.mark.parametrize(
+    ("data_pkl", "message"),
+    [
+        (TENSOR % b"K\x00K\x01\x85K\x01\x85", r"1 tensors of something other than a CLIP model \(such as w\)"),  # sound
+        (TENSOR % b"K\x00K\x09\x85K\x00\x85", r"shape \(9,\) does not fit 1 stored"),  # stride 0
+        (TENSOR % b"K\x05K\x01\x85K\x01\x85", "out of bounds"),  # offset beyond the storage
+        (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "asks for builtins.eval"),
+        (b"\x80\x02ctorch.hub\nload\n.", r"asks for torch\.hub\.load"),
+        (b"\x80\x02c__torch__\nM\n}X\x01\x00\x00\x00a}sb.", "damaged"),  # state given to a class, not an instance
+        (b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.", "without end"),  # a module inside itself
+        (b"\x80\x02K\x01.", "without a module"),
+    ],
+    ids=["sound", "stride", "offset", "eval", "hub", "class_state", "cycle", "no_module"],
+)
 def test_hostile_archives(tmp_path, data_pkl, message):
     hostile_archive(tmp_path / "x.pt", data_pkl)
     with pytest.raises(CheckpointError, match=message):

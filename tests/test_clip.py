@@ -5,8 +5,8 @@ import torch
 from open_clip.model import CLIP as OpenClip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from modules.checkpoints import clip_sizes
-from modules.clip import CLIP
+from checkpoints.read import clip_sizes
+from modules.encoders.clip import CLIP
 
 # image side, patch, vision width, vision layers, text width, text layers, embedding, context, vocabulary
 SIZES = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
 
-from dataloaders.video import VideoReadError, decode_frames, probe_video
+from dataloaders.video.decode import VideoReadError, decode_frames, probe_video
 from preprocess.compress_video import main
 from preprocess.parallel import run_parallel
 from preprocess.reencode import Look, Target, choose_backend, look_at, target_size, why_unfit

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dataloaders.datasets import Batch, Collate, Failure, Item, PairDataset, VideoDataset, VideoSource, pad_frames, trim
-from dataloaders.frames import FrameSampling
 from dataloaders.loaders import CaptionBatches, GlobalBatchSampler, ShardedBatches, pair_loader, video_loader
 from dataloaders.registry import AnnotationFiles, load_split
+from dataloaders.video.frames import FrameSampling
 
 SAMPLING = FrameSampling("stride", 1, 3, 2)
 
@@ -15,8 +15,11 @@ SAMPLING = FrameSampling("stride", 1, 3, 2)
 @pytest.fixture(scope="module")
 def splits(sample):
     data = sample / "msrvtt"
-    files = AnnotationFiles(data_path=data / "MSRVTT_data.json", train_csv=data / "MSRVTT_train.9k.csv",
-                            val_csv=data / "MSRVTT_JSFUSION_test.csv")  # fmt: skip
+    files = AnnotationFiles(
+        data_path=data / "MSRVTT_data.json",
+        train_csv=data / "MSRVTT_train.9k.csv",
+        val_csv=data / "MSRVTT_JSFUSION_test.csv",
+    )
     return {name: load_split("msrvtt", name, files, data / "videos" / "all") for name in ("train", "test")}
 
 
@@ -80,8 +83,9 @@ def test_pairs_expanded_and_drawn(splits):
 
 
 def test_a_training_batch(splits):
-    loader = pair_loader(splits["train"], VideoSource(SAMPLING, 32), tokenize, expand=True, batch_size=8,
-                         num_workers=0, seed=0)  # fmt: skip
+    loader = pair_loader(
+        splits["train"], VideoSource(SAMPLING, 32), tokenize, expand=True, batch_size=8, num_workers=0, seed=0
+    )
     batch = next(iter(loader))
     assert batch.frames.dtype == torch.uint8
     assert batch.frames.shape[0] == 8
@@ -95,12 +99,21 @@ def test_a_training_batch(splits):
 def test_every_video_and_caption_once(splits):
     test = splits["test"]
     for world_size in (1, 2):
-        seen = [i for rank in range(world_size) for batch in video_loader(
-            test, VideoSource(SAMPLING, 32), batch_size=5, num_workers=0, rank=rank, world_size=world_size)
-            for i in batch.index.tolist()]  # fmt: skip
+        seen = [
+            i
+            for rank in range(world_size)
+            for batch in video_loader(
+                test, VideoSource(SAMPLING, 32), batch_size=5, num_workers=0, rank=rank, world_size=world_size
+            )
+            for i in batch.index.tolist()
+        ]
         assert sorted(seen) == list(range(12))
-        texts = [i for rank in range(world_size) for where, _, _ in
-                 CaptionBatches(test, tokenize, 5, rank, world_size) for i in where.tolist()]  # fmt: skip
+        texts = [
+            i
+            for rank in range(world_size)
+            for where, _, _ in CaptionBatches(test, tokenize, 5, rank, world_size)
+            for i in where.tolist()
+        ]
         assert sorted(texts) == list(range(12))
 
 

@@ -9,7 +9,7 @@ from golden_vectors import fixtures, inputs, load, weights
 from tiny_models import batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modules.gather import gather_rows
+from engine.gather import gather_rows
 from modules.optim import parameter_name
 
 VECTORS = fixtures("A11_two_ranks_*")
@@ -73,8 +73,7 @@ def one_tiny_rank(rank: int, case: tuple, store: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
     wrapped = DistributedDataParallel(model)
-    loss = wrapped(*share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank]),
-                   generator=torch.Generator().manual_seed(3))  # fmt: skip
+    loss = wrapped(*share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank]), generator=torch.Generator().manual_seed(3))
     loss.backward()
     none = gather_rows((torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None, torch.device("cpu"))
     assert [tuple(part.shape) for part in none] == [(2, 3), (2,)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.download import BASE_URL, OPENAI_CLIP, DownloadError, fetch_clip, fetch_file, file_sha256
+from checkpoints.download import BASE_URL, OPENAI_CLIP, DownloadError, fetch_clip, fetch_file, file_sha256
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -101,11 +101,15 @@ def test_starts_over_where_the_server_ignores_range(server, tmp_path):
     assert [asked for _, asked in server.requests] == [None, "bytes=300000-"]
 
 
-@pytest.mark.parametrize(("left", "asked"), [
-    (CONTENT, ["bytes=1024000-"]),  # whole but never moved into place
-    (CONTENT + b"more", ["bytes=1024004-", None]),
-    (b"from another file", ["bytes=17-", None]),
-], ids=["whole", "too_long", "other_file"])
+@pytest.mark.parametrize(
+    ("left", "asked"),
+    [
+        (CONTENT, ["bytes=1024000-"]),  # whole but never moved into place
+        (CONTENT + b"more", ["bytes=1024004-", None]),
+        (b"from another file", ["bytes=17-", None]),
+    ],
+    ids=["whole", "too_long", "other_file"],
+)
 def test_part_files_of_every_kind(server, tmp_path, left, asked):
     (tmp_path / "w.pt.part").write_bytes(left)
     assert fetch(server, tmp_path / "w.pt").read_bytes() == CONTENT

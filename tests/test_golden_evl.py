@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from golden_vectors import fixtures, inputs, load, recipe, weights
 from torch import nn
 
-from modules.checkpoint_merge import MISSED_BY_MERGECLIP, merge_clip, plain_clip_to_video, with_initial_parts
-from modules.checkpoint_names import NamedTensors, canonical_names, unwrap
-from modules.checkpoints import CheckpointError, clip_sizes, load_strict
-from modules.clip import CLIP
-from modules.losses import contrastive_loss
+from checkpoints.merge import MISSED_BY_MERGECLIP, merge_clip, plain_clip_to_video, with_initial_parts
+from checkpoints.names import NamedTensors, canonical_names, unwrap
+from checkpoints.read import CheckpointError, clip_sizes, load_strict
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP, VideoClipSizes, video_clip_sizes
+from modules.losses.contrastive import contrastive_loss
 from modules.optim import freeze, parameter_groups
-from modules.video_clip import VideoCLIP, VideoClipSizes, video_clip_sizes
 
 WHOLE = fixtures("B1_*")
 UNUSED = "text_mask_embedding"
@@ -62,12 +62,18 @@ def test_features_logits_loss_and_gradients(stem):
     with torch.no_grad():
         first = clip.encode_image(frames[:, 0])
         got = {
-            "evl_output": video, "frame_cls": tokens[:, :, 0], "frame0_tokens": tokens[0, 0],
-            "frame_features": features, "evl_output_image_mode": first, "text_features": text,
-            "text_all": clip.text_tokens_unprojected(ids), "logits": logits, "train_loss": loss[None],
+            "evl_output": video,
+            "frame_cls": tokens[:, :, 0],
+            "frame0_tokens": tokens[0, 0],
+            "frame_features": features,
+            "evl_output_image_mode": first,
+            "text_features": text,
+            "text_all": clip.text_tokens_unprojected(ids),
+            "logits": logits,
+            "train_loss": loss[None],
             "grad_norms": torch.stack([gradients[name].norm() for name in vector.data["grad_norm_params"]]),
             "grad_norm_total": torch.stack([g.norm() for g in gradients.values()]).norm()[None],
-        }  # fmt: skip
+        }
         vector.check({k: v.detach() for k, v in got.items()}, require_all=True)
     without = {f"clip.{n}" for n, p in clip.named_parameters() if p.grad is None}
     assert without == set(vector.data["params_without_gradient"])
@@ -97,8 +103,9 @@ def test_real_sizes(stem):
     with torch.no_grad():
         text, (video, features) = clip.encode_text(ids), clip.encode_video(frames, mask, source_padding=True)
         logits = clip.logit_scale.exp() * cosines(text, video)
-    vector.check({"evl_output": video, "frame_features": features, "text_features": text, "logits": logits},
-                 require_all=True)  # fmt: skip
+    vector.check(
+        {"evl_output": video, "frame_features": features, "text_features": text, "logits": logits}, require_all=True
+    )
 
 
 @pytest.mark.parametrize("stem", WHOLE)
@@ -216,8 +223,10 @@ def test_names_and_shapes_of_the_real_sizes(stem, size):
 def spelled(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
     """The vector's weights, which are spelled the standard way, as the case's title says."""
     if "visual.proj / visual.ln_post" in case:
-        tensors = {k.replace("visual_proj", "visual.proj").replace("visual_ln_post", "visual.ln_post"): v
-                   for k, v in tensors.items()}  # fmt: skip
+        tensors = {
+            k.replace("visual_proj", "visual.proj").replace("visual_ln_post", "visual.ln_post"): v
+            for k, v in tensors.items()
+        }
     if "visual.proj missing" in case:
         tensors = {k: v for k, v in tensors.items() if k != "clip.visual_proj"}
     if "balance missing" in case:
@@ -345,20 +354,29 @@ def test_half_a_temporal_decoder_is_not_filled_up(stem):
 
 # Frozen by the source only because its list of always-trained names does not know this tower's names.
 FROZEN_BY_ACCIDENT = {
-    "visual_proj", "visual_ln_post.weight", "visual_ln_post.bias", "visual.transformer.temporal_cls_token",
+    "visual_proj",
+    "visual_ln_post.weight",
+    "visual_ln_post.bias",
+    "visual.transformer.temporal_cls_token",
     "visual.transformer.balance",
-}  # fmt: skip
+}
 
 
 def empty_model(config: dict) -> nn.ModuleDict:
     sizes = VideoClipSizes(
-        embed_dim=config["embed_dim"], image_resolution=config["image_resolution"],
-        vision_layers=config["vision_layers"], vision_width=config["vision_width"],
-        patch_size=config["vision_patch_size"], context_length=config["context_length"],
-        vocab_size=config["vocab_size"], text_width=config["transformer_width"],
-        text_heads=config["transformer_width"] // 64, text_layers=config["transformer_layers"],
-        vision_heads=config["vision_width"] // 64, read_after=tuple(config["return_list"]),
-    )  # fmt: skip
+        embed_dim=config["embed_dim"],
+        image_resolution=config["image_resolution"],
+        vision_layers=config["vision_layers"],
+        vision_width=config["vision_width"],
+        patch_size=config["vision_patch_size"],
+        context_length=config["context_length"],
+        vocab_size=config["vocab_size"],
+        text_width=config["transformer_width"],
+        text_heads=config["transformer_width"] // 64,
+        text_layers=config["transformer_layers"],
+        vision_heads=config["vision_width"] // 64,
+        read_after=tuple(config["return_list"]),
+    )
     return nn.ModuleDict({"clip": VideoCLIP(sizes, "quick_gelu")})
 
 
@@ -373,7 +391,8 @@ def test_freezing_by_meaning(stem):
         blocks = {int(n.split("resblocks.")[1].split(".")[0]) for n in frozen if n.startswith("visual.transformer.")}
         assert blocks == set(want["frozen"]["blocks"]["visual.transformer.resblocks."])
         assert {n for n in frozen if "resblocks" not in n} == (
-            set(want["frozen"]["names"]) - FROZEN_BY_ACCIDENT - {UNUSED})  # fmt: skip
+            set(want["frozen"]["names"]) - FROZEN_BY_ACCIDENT - {UNUSED}
+        )
         n_accidents = len((FROZEN_BY_ACCIDENT | {UNUSED}) & set(want["frozen"]["names"]))
         assert len(frozen) == want["n_frozen"] - n_accidents
 

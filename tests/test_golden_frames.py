@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloaders.frames import FrameSampling, choose_frames, order_frames
+from dataloaders.video.frames import FrameSampling, choose_frames, order_frames
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
 
-from modules.checkpoints import clip_sizes, load_strict
+from checkpoints.read import clip_sizes, load_strict
+from modules.encoders.internvideo import VideoCLIP, video_clip_sizes
 from modules.heads import HEADS, build_head
 from modules.heads.base import HeadOptions
-from modules.losses import contrastive_loss
+from modules.losses.contrastive import contrastive_loss
 from modules.metrics import retrieval_ranks, summarize
 from modules.model import VideoTextModel
 from modules.optim import parameter_name
-from modules.video_clip import VideoCLIP, video_clip_sizes
 
 AGGREGATION = {"None": "meanP", "seqLSTM": "seqLSTM", "seqTransf": "seqTransf"}
 
@@ -26,10 +26,13 @@ def options_of(config: dict) -> HeadOptions:
     """InternVideo's and DRL's way: padding scores 0. InternVideo's tower leaves text tokens unprojected."""
     interaction = config.get("interaction", "no")
     return HeadOptions(
-        num_layers=config.get("cross_num_hidden_layers", 4), cross_heads=config.get("cross_heads"),
-        interaction=interaction if interaction in ("ti", "wti") else "no", wti_arch=config.get("wti_arch", 0) or 2,
-        mask_padding=False, projected_tokens=not config.get("clip_evl"),
-    )  # fmt: skip
+        num_layers=config.get("cross_num_hidden_layers", 4),
+        cross_heads=config.get("cross_heads"),
+        interaction=interaction if interaction in ("ti", "wti") else "no",
+        wti_arch=config.get("wti_arch", 0) or 2,
+        mask_padding=False,
+        projected_tokens=not config.get("clip_evl"),
+    )
 
 
 def model_of(vector) -> VideoTextModel:
@@ -40,8 +43,9 @@ def model_of(vector) -> VideoTextModel:
         return build(tensors, sim_header, compat="drl", head_options=options_of(config))
     sizes = video_clip_sizes({k: v for k, v in tensors.items() if k.startswith("clip.")})
     head = build_head(sim_header, sizes, options_of(config))
-    model = VideoTextModel(VideoCLIP(sizes, "quick_gelu"), head, scale_evaluation=False,
-                           source_frames=config["max_frames"]).eval()  # fmt: skip
+    model = VideoTextModel(
+        VideoCLIP(sizes, "quick_gelu"), head, scale_evaluation=False, source_frames=config["max_frames"]
+    ).eval()
     names = {parameter_name(name): name for name in model.state_dict()}
     kept = {k: v for k, v in tensors.items() if not k.startswith(head.ignored_prefixes or ("\0",))}
     load_strict(model, {names.get(k, k): v for k, v in kept.items()}, "golden vector")
@@ -84,12 +88,14 @@ def test_interaction_scores_losses_and_cdcr(stem):
         text, video = model.encode_text(ids, token_mask), model.head.video(features, frame_mask)
         temporal = model.head.temporal if model.head.takes_tokens else model.head
         got = {
-            "visual_output": features if features.shape[1] == vector.expected().get("visual_output", features).shape[1]
+            "visual_output": features
+            if features.shape[1] == vector.expected().get("visual_output", features).shape[1]
             else features[:, :1],
-            "text_feat": model.clip.text_tokens(ids), "video_feat": temporal.frames(features, frame_mask),
+            "text_feat": model.clip.text_tokens(ids),
+            "video_feat": temporal.frames(features, frame_mask),
             "logits_eval": model.similarity(text, video),
             "logits_train": model.scale() * model.head.similarity(text, video),
-        }  # fmt: skip
+        }
         loss = contrastive_loss(got["logits_train"])[None]
         got |= {"train_loss": loss, "train_loss_cdcr0": loss} | regularizers(vector, model, text, video)
         if "cdcr2" in got:
@@ -153,7 +159,7 @@ def test_what_the_source_can_train_can_be_trained_here(stem):
     """Its table's combinations as options: none is refused, those that crash there included."""
     from test_options import BASE
 
-    from modules.options import parse_options
+    from engine.options import parse_options
 
     for row in load(stem).data["rows"]:
         flags = ["--interaction", row["interaction"], "--cdcr", str(row["cdcr"])]
@@ -179,10 +185,13 @@ def test_xpool(stem):
         for i, start in enumerate(first):
             grid[i, : counts[i]] = every[start : start + counts[i]]
         got = {
-            "text_embeds": embeds[first], "frame_embeds": features, "sims_train": sims, "sims_eval": grid,
+            "text_embeds": embeds[first],
+            "frame_embeds": features,
+            "sims_train": sims,
+            "sims_eval": grid,
             "pooled": model.head.pooled(chosen, video).transpose(0, 1),
             "loss": contrastive_loss(model.scale() * sims)[None],
-        } | parameter_free(embeds[first], features, vector.data)  # fmt: skip
+        } | parameter_free(embeds[first], features, vector.data)
     vector.check(got, require_all=True)
     t2v, v2t = retrieval_ranks(every, owner)
     for name, ranks in (("t2v", t2v), ("v2t", v2t)):

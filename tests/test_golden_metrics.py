@@ -90,8 +90,12 @@ def test_by_hand():
     assert t2v.tolist() == [0, 1, 1]  # caption 1 prefers video 1; caption 2 ties
     assert v2t.tolist() == [0, 1]  # video 0: best own 0.9 > 0.7; video 1: own 0.7 < 0.8 of the other group
     assert summarize(torch.tensor([0, 1, 6, 20])) == {
-        "R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "MedR": 4.5, "MeanR": 7.75,
-    }  # fmt: skip
+        "R@1": 25.0,
+        "R@5": 50.0,
+        "R@10": 75.0,
+        "MedR": 4.5,
+        "MeanR": 7.75,
+    }
 
 
 def test_blocks_agree_with_one_pass(monkeypatch):
@@ -108,11 +112,14 @@ def test_blocks_agree_with_one_pass(monkeypatch):
         assert v2t.tolist() == want_v2t
 
 
-@pytest.mark.parametrize(("sim", "owner", "message"), [
-    (torch.zeros(3, 2), torch.tensor([0, 0, 0]), "every video needs at least one caption"),
-    (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "must lie in 0..1"),
-    (torch.zeros(3, 2), torch.tensor([0, 1]), "similarity must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sim", "owner", "message"),
+    [
+        (torch.zeros(3, 2), torch.tensor([0, 0, 0]), "every video needs at least one caption"),
+        (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "must lie in 0..1"),
+        (torch.zeros(3, 2), torch.tensor([0, 1]), "similarity must be"),
+    ],
+)
 def test_impossible_input_is_refused(sim, owner, message):
     with pytest.raises(ValueError, match=message):
         retrieval_ranks(sim, owner)

@@ -5,11 +5,11 @@ import torch
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
 
-from modules.build import starting_tensors
-from modules.checkpoints import clip_sizes
+from checkpoints.read import clip_sizes
+from engine.build import starting_tensors
 from modules.heads import HEADS
 from modules.heads.base import HeadOptions
-from modules.losses import contrastive_loss
+from modules.losses.contrastive import contrastive_loss
 from modules.model import VideoTextModel
 from modules.optim import parameter_name
 
@@ -90,13 +90,17 @@ def test_real_sizes(stem):
         text = model.clip.encode_text(ids)
         features = model.clip.encode_image(frames.flatten(0, 1)).view(*frame_mask.shape, -1)
         scale = model.clip.logit_scale.exp()
-        vector.check({
-            "sequence_output": text[:, None], "visual_output": features,
-            **{
-                f"logits_{name}": scale * head.similarity(head.text(text), head.video(features, frame_mask))
-                for name, head in (("seqTransf", model.head), ("meanP", mean))
+        vector.check(
+            {
+                "sequence_output": text[:, None],
+                "visual_output": features,
+                **{
+                    f"logits_{name}": scale * head.similarity(head.text(text), head.video(features, frame_mask))
+                    for name, head in (("seqTransf", model.head), ("meanP", mean))
+                },
             },
-        }, require_all=True)  # fmt: skip
+            require_all=True,
+        )
 
 
 @pytest.mark.parametrize("stem", fixtures("A9_head_*_small"))
@@ -117,16 +121,21 @@ def test_head_on_small_features(stem):
 
 
 def build_sizes(config: dict):
-    from modules.checkpoints import ClipSizes
+    from checkpoints.read import ClipSizes
 
     return ClipSizes(
-        embed_dim=config["embed_dim"], image_resolution=config["image_resolution"],
-        vision_layers=config["vision_layers"], vision_width=config["vision_width"],
-        patch_size=config["vision_patch_size"], context_length=config["context_length"],
-        vocab_size=config["vocab_size"], text_width=config["transformer_width"],
-        text_heads=config["transformer_width"] // 64, text_layers=config["transformer_layers"],
+        embed_dim=config["embed_dim"],
+        image_resolution=config["image_resolution"],
+        vision_layers=config["vision_layers"],
+        vision_width=config["vision_width"],
+        patch_size=config["vision_patch_size"],
+        context_length=config["context_length"],
+        vocab_size=config["vocab_size"],
+        text_width=config["transformer_width"],
+        text_heads=config["transformer_width"] // 64,
+        text_layers=config["transformer_layers"],
         vision_heads=config["vision_width"] // 64,
-    )  # fmt: skip
+    )
 
 
 A8_CASES = [(stem, case) for stem in fixtures("A8*") for case in load(stem).data["cases"]]

@@ -9,14 +9,14 @@ from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
 from test_golden_model import build_sizes
 
+from engine.distributed import World
+from engine.step import Trainer
 from modules import optim
-from modules.clip import CLIP
-from modules.distributed import World
+from modules.encoders.clip import CLIP
 from modules.heads import HEADS
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, freeze, parameter_groups, parameter_name
-from modules.trainer import Trainer
 
 
 @pytest.mark.parametrize("stem", fixtures("E1*"))
@@ -27,15 +27,23 @@ def test_bertadam(stem):
     for run, settings in vector.data.items():
         params = {n: torch.nn.Parameter(x[f"p_{n}"].clone()) for n in config["flat_order"]}
         groups = [
-            {"params": [params[n] for n in group["names"]], "lr": group["lr"],
-             "weight_decay": settings["weight_decay"] if group["weight_decay"] == "wd" else group["weight_decay"]}
+            {
+                "params": [params[n] for n in group["names"]],
+                "lr": group["lr"],
+                "weight_decay": settings["weight_decay"] if group["weight_decay"] == "wd" else group["weight_decay"],
+            }
             for group in config["groups"]
-        ]  # fmt: skip
+        ]
         optimizer = BertAdam(
-            groups, lr=config["base_lr"], warmup=settings["warmup"], t_total=settings["t_total"],
-            schedule=settings["schedule"], betas=(config["b1"], config["b2"]), eps=config["e"],
+            groups,
+            lr=config["base_lr"],
+            warmup=settings["warmup"],
+            t_total=settings["t_total"],
+            schedule=settings["schedule"],
+            betas=(config["b1"], config["b2"]),
+            eps=config["e"],
             max_grad_norm=settings["max_grad_norm"],
-        )  # fmt: skip
+        )
         trace = []
         for step, rates in enumerate(settings["lr_used_at_step"]):
             assert optimizer.current_lrs() == pytest.approx(rates, rel=1e-6, abs=1e-12), (run, step)
@@ -77,9 +85,10 @@ def model_of(config: dict, sim_header: str, patch: str = "2d") -> VideoTextModel
 
 # In the source's groups but never with a gradient, so never updated there; here they are not trainable at all.
 UNTRAINED = {
-    "seqLSTM/2d": "frame_position_embeddings.weight", "tightTransf/2d": "clip.logit_scale",
+    "seqLSTM/2d": "frame_position_embeddings.weight",
+    "tightTransf/2d": "clip.logit_scale",
     "seqTransf/3d": "clip.visual.conv1.weight",
-}  # fmt: skip
+}
 GROUP_CASES = [(stem, case) for stem in fixtures("E2*") for case in load(stem).data["groups"]]
 
 
@@ -112,9 +121,15 @@ def test_weight_decay_by_meaning():
     assert "clip.visual.conv1.weight" in decayed
     assert "clip.text_projection" in decayed
     assert "transformerClip.resblocks.0.mlp.c_fc.weight" in decayed
-    assert {"clip.logit_scale", "clip.visual.ln_pre.weight", "clip.token_embedding.weight", "clip.positional_embedding",
-            "clip.visual.class_embedding", "frame_position_embeddings.weight",
-            "transformerClip.resblocks.0.ln_1.weight"} <= kept  # fmt: skip
+    assert {
+        "clip.logit_scale",
+        "clip.visual.ln_pre.weight",
+        "clip.token_embedding.weight",
+        "clip.positional_embedding",
+        "clip.visual.class_embedding",
+        "frame_position_embeddings.weight",
+        "transformerClip.resblocks.0.ln_1.weight",
+    } <= kept
     assert len(decayed) + len(kept) == len(list(model.parameters()))
 
 
@@ -144,21 +159,34 @@ def test_whole_training_steps(stem):
     model = build(start, config["sim_header"], config["cross_num_hidden_layers"])
     groups = parameter_groups(model, config["lr"], config["coef_lr"], config["weight_decay"], "clip4clip")
     optimizer = BertAdam(
-        groups, lr=config["lr"], warmup=config["warmup_proportion"], schedule=config["schedule"], betas=(0.9, 0.98),
-        t_total=config["t_total"], weight_decay=config["weight_decay"], max_grad_norm=1.0,
-    )  # fmt: skip
+        groups,
+        lr=config["lr"],
+        warmup=config["warmup_proportion"],
+        schedule=config["schedule"],
+        betas=(0.9, 0.98),
+        t_total=config["t_total"],
+        weight_decay=config["weight_decay"],
+        max_grad_norm=1.0,
+    )
     trainer = Trainer(model, optimizer, World(0, 1, torch.device("cpu")), "fp32", config["max_grad_norm"])
     losses, norms, scales = [], [], []
     for step in range(config["t_total"]):
         ids, token_mask, frames, frame_mask = video_inputs(x, f"_{step}")
-        loss, norm = trainer.step(SimpleNamespace(token_ids=ids, token_mask=token_mask, frames=frames,
-                                                  frame_mask=frame_mask, video_ids=()))  # fmt: skip
+        loss, norm = trainer.step(
+            SimpleNamespace(token_ids=ids, token_mask=token_mask, frames=frames, frame_mask=frame_mask, video_ids=())
+        )
         losses.append(loss)
         norms.append(norm)
         scales.append(model.clip.logit_scale.item())
     end = {parameter_name(k): v for k, v in model.state_dict().items()}
     changes = [(end[n] - start[n]).norm().item() for n in vector.data["weight_change_params"]]
-    vector.check({
-        "losses": losses, "total_grad_norms": norms, "logit_scales": scales, "weight_change_norms": changes,
-        "clip.ln_final.bias": end["clip.ln_final.bias"],
-    }, require_all=True)  # fmt: skip
+    vector.check(
+        {
+            "losses": losses,
+            "total_grad_norms": norms,
+            "logit_scales": scales,
+            "weight_change_norms": changes,
+            "clip.ln_final.bias": end["clip.ln_final.bias"],
+        },
+        require_all=True,
+    )

@@ -33,8 +33,11 @@ def test_ids(path, tokenizer):
     assert (tokenizer.sot, tokenizer.eot, tokenizer.vocab_size) == tuple(
         manifest["config"][key] for key in ("sot", "eot", "vocab")
     )
-    wrong = {item["text"]: tokenizer.encode(item["text"]) for item in strings
-             if tokenizer.encode(item["text"]) != item["ids"]}
+    wrong = {
+        item["text"]: tokenizer.encode(item["text"])
+        for item in strings
+        if tokenizer.encode(item["text"]) != item["ids"]
+    }
     assert len(strings) > 0
     assert wrong == {}
 

@@ -5,11 +5,11 @@ import torch
 from tiny_models import CASES, SIZES, batch, tiny_model
 from torch import Tensor
 
+from modules.encoders.internvideo import Slots
 from modules.heads import HEADS
 from modules.heads.base import Head, register
 from modules.model import pair_blocks
 from modules.representation import as_parts, concat, count, take
-from modules.video_clip import Slots
 
 every_head = pytest.mark.parametrize("case", CASES, ids="-".join)
 
@@ -27,14 +27,18 @@ def test_padding_changes_nothing(case):
     want = scores(model, ids, token_mask, frames, frame_mask)
     spoiled = torch.where(frame_mask[..., None, None, None], frames, torch.nan)
     torch.testing.assert_close(scores(model, ids, token_mask, spoiled, frame_mask), want, rtol=0, atol=0)
-    longer = (torch.cat([ids, ids.new_zeros(4, 5)], 1), torch.cat([token_mask, token_mask.new_zeros(4, 5)], 1),
-              torch.cat([frames, torch.randn(4, 3, 3, 16, 16)], 1),
-              torch.cat([frame_mask, frame_mask.new_zeros(4, 3)], 1))  # fmt: skip
+    longer = (
+        torch.cat([ids, ids.new_zeros(4, 5)], 1),
+        torch.cat([token_mask, token_mask.new_zeros(4, 5)], 1),
+        torch.cat([frames, torch.randn(4, 3, 3, 16, 16)], 1),
+        torch.cat([frame_mask, frame_mask.new_zeros(4, 3)], 1),
+    )
     torch.testing.assert_close(scores(model, *longer), want, rtol=1e-4, atol=1e-4)
     for i in range(4):
         n, t = int(token_mask[i].sum()), int(frame_mask[i].sum())
-        alone = scores(model, ids[i : i + 1, :n], token_mask[i : i + 1, :n], frames[i : i + 1, :t],
-                       frame_mask[i : i + 1, :t])  # fmt: skip
+        alone = scores(
+            model, ids[i : i + 1, :n], token_mask[i : i + 1, :n], frames[i : i + 1, :t], frame_mask[i : i + 1, :t]
+        )
         torch.testing.assert_close(alone[0, 0], want[i, i], rtol=1e-4, atol=1e-4)
 
 
@@ -157,8 +161,13 @@ def test_internvideos_tower_compiles_without_a_break():
 
 def test_order_of_frames_matters_where_it_should():
     ids, token_mask, frames, frame_mask = (x[2:3] for x in batch())
-    for name, blind in (("meanP", True), ("seqLSTM", False), ("seqTransf", False), ("tightTransf", False),
-                        ("xpool", True)):  # fmt: skip
+    for name, blind in (
+        ("meanP", True),
+        ("seqLSTM", False),
+        ("seqTransf", False),
+        ("tightTransf", False),
+        ("xpool", True),
+    ):
         model = tiny_model(name, noise=0.2)
         forth = scores(model, ids, token_mask, frames, frame_mask)
         back = scores(model, ids, token_mask, frames.flip(1), frame_mask)
@@ -202,15 +211,19 @@ def test_the_sources_scores_do_not_depend_on_the_batch_either(case):
     model = tiny_model(*case, mask_padding=False, source_words=12, source_frames=6)
     model.source_frames = 6
     ids, token_mask, frames, frame_mask = batch()
-    filled = (torch.cat([ids, ids.new_zeros(4, 3)], 1), torch.cat([token_mask, token_mask.new_zeros(4, 3)], 1),
-              torch.cat([frames, torch.zeros(4, 2, 3, 16, 16)], 1),
-              torch.cat([frame_mask, frame_mask.new_zeros(4, 2)], 1))  # fmt: skip
+    filled = (
+        torch.cat([ids, ids.new_zeros(4, 3)], 1),
+        torch.cat([token_mask, token_mask.new_zeros(4, 3)], 1),
+        torch.cat([frames, torch.zeros(4, 2, 3, 16, 16)], 1),
+        torch.cat([frame_mask, frame_mask.new_zeros(4, 2)], 1),
+    )
     want = scores(model, *filled)
     torch.testing.assert_close(scores(model, ids, token_mask, frames, frame_mask), want, rtol=1e-4, atol=1e-5)
     for i in range(4):
         n, t = int(token_mask[i].sum()), int(frame_mask[i].sum())
-        alone = scores(model, ids[i : i + 1, :n], token_mask[i : i + 1, :n], frames[i : i + 1, :t],
-                       frame_mask[i : i + 1, :t])  # fmt: skip
+        alone = scores(
+            model, ids[i : i + 1, :n], token_mask[i : i + 1, :n], frames[i : i + 1, :t], frame_mask[i : i + 1, :t]
+        )
         torch.testing.assert_close(alone[0, 0], want[i, i], rtol=1e-4, atol=1e-5)
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints.read import CheckpointError, save_checkpoint
 from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.integrity import IntegrityError, check_complete, check_counts, check_overlap, with_own_counts
 from dataloaders.registry import load_annotations, short_id
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
+from engine.data import trained_videos
 from main_task_retrieval import main
-from modules.checkpoints import CheckpointError, save_checkpoint
 from modules.metrics import duplicates, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
-from run_data import trained_videos
 
 
 def split_of(n: int, expected: Expected, missing: tuple[str, ...] = ()) -> RetrievalSplit:
@@ -28,11 +28,14 @@ def test_a_complete_split_passes():
     check_complete(split_of(3, Expected(None, None)), allow_missing=False)
 
 
-@pytest.mark.parametrize(("split", "message"), [
-    (split_of(3, Expected(5, 5)), "msvd test lists 3 videos where 5 are expected; is it the right list?"),
-    (split_of(3, Expected(3, 4)), "msvd test holds 3 captions where 4 are expected"),
-    (split_of(3, Expected(4, 4), ("gone",)), "1 of 4 videos of msvd test are missing on disk: 'gone'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (split_of(3, Expected(5, 5)), "msvd test lists 3 videos where 5 are expected; is it the right list?"),
+        (split_of(3, Expected(3, 4)), "msvd test holds 3 captions where 4 are expected"),
+        (split_of(3, Expected(4, 4), ("gone",)), "1 of 4 videos of msvd test are missing on disk: 'gone'"),
+    ],
+)
 def test_an_incomplete_split_is_refused_or_logged(split, message):
     with pytest.raises(IntegrityError, match=message.replace("?", r"\?")):
         check_complete(split, allow_missing=False)
@@ -49,17 +52,20 @@ def test_counts_of_ones_own(sample_all, tmp_path):
     assert load_annotations("msvd", "test", files).expected == Expected(670, 27_763)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('{"test": 3}', "key 'test' must hold videos and captions"),
-    ('{"test": {"videos": 12}}', "key 'test' must hold videos and captions"),
-    ('{"test": {"videos": "12", "captions": 60}}', "test.videos must be a whole number >= 1, is '12'"),
-    ('{"test": {"videos": 12, "captions": 0}}', "test.captions must be a whole number >= 1, is 0"),
-    ('{"test": {"videos": true, "captions": 60}}', "test.videos must be a whole number >= 1, is True"),
-    ('{"train": {"videos": 1.5, "captions": 60}}', "train.videos must be a whole number >= 1, is 1.5"),
-    ('{"tset": {"videos": 12, "captions": 60}}', "key 'tset' is no split; .* with splits train, val, test"),
-    ("[]", "holds no object"),
-    ("{", "cannot be read as JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"test": 3}', "key 'test' must hold videos and captions"),
+        ('{"test": {"videos": 12}}', "key 'test' must hold videos and captions"),
+        ('{"test": {"videos": "12", "captions": 60}}', "test.videos must be a whole number >= 1, is '12'"),
+        ('{"test": {"videos": 12, "captions": 0}}', "test.captions must be a whole number >= 1, is 0"),
+        ('{"test": {"videos": true, "captions": 60}}', "test.videos must be a whole number >= 1, is True"),
+        ('{"train": {"videos": 1.5, "captions": 60}}', "train.videos must be a whole number >= 1, is 1.5"),
+        ('{"tset": {"videos": 12, "captions": 60}}', "key 'tset' is no split; .* with splits train, val, test"),
+        ("[]", "holds no object"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
 def test_counts_of_ones_own_that_are_none(tmp_path, content, message):
     (tmp_path / "expected.json").write_text(content)
     with pytest.raises(AnnotationError, match=f"{tmp_path}/expected.json: {message}"):
@@ -178,8 +184,14 @@ def test_one_video_under_two_names_is_one_video(tmp_path):
     trained = trained_videos(None, tmp_path, train)
     assert trained == {"activity": ["abc", "x"]}
     with pytest.raises(IntegrityError, match="'v_abc'"):
-        check_overlap(split("test", "v_abc", "y"), trained["activity"], None, "x", False,
-                      spelling=lambda i: short_id("activity", i))  # fmt: skip
+        check_overlap(
+            split("test", "v_abc", "y"),
+            trained["activity"],
+            None,
+            "x",
+            False,
+            spelling=lambda i: short_id("activity", i),
+        )
     one, other = split("train", "p", path=film), split("test", "q", path=tmp_path / "copy.mp4")
     with pytest.raises(IntegrityError, match="'q'"):
         check_overlap(other, ["p"], None, "x", False, one)

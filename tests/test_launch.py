@@ -13,21 +13,42 @@ import pytest
 import torch
 from test_resume import processes_of
 
+from engine.distributed import Place, choose_device, first_host, read_place
+from engine.resume import load_last
 from main_task_retrieval import main
-from modules.distributed import Place, choose_device, first_host, read_place
-from modules.resume import load_last
 
 ROOT = Path(__file__).parent.parent
 MAIN = "main_task_retrieval.py"
-TRAIN = ["--do_train", "--epochs", "1", "--batch_size", "12", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num",
-         "-1", "--select_on", "last"]  # fmt: skip
+TRAIN = [
+    "--do_train",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "12",
+    "--lr",
+    "1e-3",
+    "--coef_lr",
+    "1",
+    "--freeze_layer_num",
+    "-1",
+    "--select_on",
+    "last",
+]
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.mark.parametrize(("nodes", "host"), [
-    ("gpu7", "gpu7"), ("gpu[003-005,9],login1", "gpu003"), ("a,b", "a"), ("rack[1-2]n[04,07].site", "rack1n04.site"),
-    ("n[12]", "n12"), ("host-a-[1-3]", "host-a-1"), ("10.0.0.1,10.0.0.2", "10.0.0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("a,b", "a"),
+        ("rack[1-2]n[04,07].site", "rack1n04.site"),
+        ("n[12]", "n12"),
+        ("host-a-[1-3]", "host-a-1"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
+    ],
+)
 def test_the_first_host_of_a_slurm_list(nodes, host):
     assert first_host(nodes) == host
 
@@ -41,8 +62,13 @@ def test_places():
     assert read_place({}) == Place()
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     assert read_place(torchrun) == Place(3, 4, 1)
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[03-04]",
-             "SLURM_JOB_ID": "1234567"}  # fmt: skip
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "gpu[03-04]",
+        "SLURM_JOB_ID": "1234567",
+    }
     assert read_place(slurm) == Place(5, 8, 1, {"MASTER_ADDR": "gpu03", "MASTER_PORT": "19567"}, True)
     assert read_place(slurm | torchrun) == Place(3, 4, 1)  # torchrun started by srun
     assert "MASTER_ADDR" not in read_place(slurm | {"MASTER_ADDR": "other"}).meeting_point
@@ -72,8 +98,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(**more), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(**more),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def torchrun(flags: list[str]) -> list[subprocess.Popen]:
@@ -82,14 +115,39 @@ def torchrun(flags: list[str]) -> list[subprocess.Popen]:
 
 def two_nodes(flags: list[str]) -> list[subprocess.Popen]:
     port = free_port()
-    return [start(["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1",
-                   f"--master_port={port}", "--nproc_per_node=1", MAIN, *flags]) for node in range(2)]  # fmt: skip
+    return [
+        start(
+            [
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                f"--node_rank={node}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+                "--nproc_per_node=1",
+                MAIN,
+                *flags,
+            ]
+        )
+        for node in range(2)
+    ]
 
 
 def launch(*more: str):
     def ranks(flags: list[str]) -> list[subprocess.Popen]:
-        return [start(["-m", "torch.distributed.launch", f"--master_port={free_port()}", "--nproc_per_node=2", *more,
-                       MAIN, *flags])]  # fmt: skip
+        return [
+            start(
+                [
+                    "-m",
+                    "torch.distributed.launch",
+                    f"--master_port={free_port()}",
+                    "--nproc_per_node=2",
+                    *more,
+                    MAIN,
+                    *flags,
+                ]
+            )
+        ]
 
     return ranks
 
@@ -103,8 +161,17 @@ def local_rank_by_hand(flags: list[str]) -> list[subprocess.Popen]:
 def srun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
     """Three tasks with what srun sets; the port follows from the job's id, which here follows from a free port."""
     job = str(int(free_port()) % 15000)
-    return [start([*script, *flags], SLURM_PROCID=str(task), SLURM_NTASKS="3", SLURM_LOCALID=str(task),
-                  SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID=job) for task in range(3)]  # fmt: skip
+    return [
+        start(
+            [*script, *flags],
+            SLURM_PROCID=str(task),
+            SLURM_NTASKS="3",
+            SLURM_LOCALID=str(task),
+            SLURM_JOB_NODELIST="localhost",
+            SLURM_JOB_ID=job,
+        )
+        for task in range(3)
+    ]
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, str]]:
@@ -128,11 +195,27 @@ def flags_to(flags: list[str], folder: Path) -> list[str]:
 def flags(sample) -> list[str]:
     data = sample / "msrvtt"
     return [
-        "--datatype", "msrvtt", "--train_csv", f"{data}/MSRVTT_train.9k.csv", "--val_csv",
-        f"{data}/MSRVTT_JSFUSION_test.csv", "--data_path", f"{data}/MSRVTT_data.json", "--features_path",
-        f"{data}/videos/all", "--output_dir", "out", "--max_frames", "3", "--num_thread_reader", "0",
-        "--pretrained_clip_name", f"{sample}/clip/tiny_clip.pt", "--device", "cpu",
-    ]  # fmt: skip
+        "--datatype",
+        "msrvtt",
+        "--train_csv",
+        f"{data}/MSRVTT_train.9k.csv",
+        "--val_csv",
+        f"{data}/MSRVTT_JSFUSION_test.csv",
+        "--data_path",
+        f"{data}/MSRVTT_data.json",
+        "--features_path",
+        f"{data}/videos/all",
+        "--output_dir",
+        "out",
+        "--max_frames",
+        "3",
+        "--num_thread_reader",
+        "0",
+        "--pretrained_clip_name",
+        f"{sample}/clip/tiny_clip.pt",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +226,11 @@ def alone(flags, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("launcher", [torchrun, two_nodes, launch(), launch("--use_env"), local_rank_by_hand, srun],
-                         ids=["torchrun", "two_nodes", "launch", "launch_use_env", "local_rank", "srun"])  # fmt: skip
+@pytest.mark.parametrize(
+    "launcher",
+    [torchrun, two_nodes, launch(), launch("--use_env"), local_rank_by_hand, srun],
+    ids=["torchrun", "two_nodes", "launch", "launch_use_env", "local_rank", "srun"],
+)
 def test_launchers(flags, alone, tmp_path, launcher):
     """Four steps on 2 (srun: 3) gloo ranks: loss and weights of one process, within float32 rounding."""
     for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"))):

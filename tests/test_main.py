@@ -12,12 +12,23 @@ import numpy as np
 import pytest
 import torch
 
+from engine.evaluate import DataError
 from main_task_retrieval import main
-from modules.evaluate import DataError
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ["--do_train", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num",
-         "-1"]  # fmt: skip
+TRAIN = [
+    "--do_train",
+    "--epochs",
+    "2",
+    "--batch_size",
+    "16",
+    "--lr",
+    "1e-3",
+    "--coef_lr",
+    "1",
+    "--freeze_layer_num",
+    "-1",
+]
 
 
 def replaced(flags: list[str], **values: object) -> list[str]:
@@ -53,8 +64,14 @@ def trained(sample, tmp_path_factory):
 
 def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"log.txt", "results.json", "history.jsonl", "pytorch_model.bin", "pytorch_model.bin.json",
-                     "checkpoint_last.pt"}  # fmt: skip
+    assert names == {
+        "log.txt",
+        "results.json",
+        "history.jsonl",
+        "pytorch_model.bin",
+        "pytorch_model.bin.json",
+        "checkpoint_last.pt",
+    }
     found = read_results(trained)
     assert (found["dataset"], found["split"], found["n_videos"], found["n_captions"]) == ("msrvtt", "test", 12, 12)
     assert found["missing_videos"] == []
@@ -91,8 +108,13 @@ def test_saved_checkpoint_gives_the_same_numbers_whatever_the_workers(trained, m
     matrices = []
     for workers in (0, 1, 4):
         out = tmp_path / f"workers{workers}"
-        flags = replaced(msrvtt_flags, num_thread_reader=workers, output_dir=out, max_frames=12,
-                         finetuned_path=trained / "pytorch_model.bin")  # fmt: skip
+        flags = replaced(
+            msrvtt_flags,
+            num_thread_reader=workers,
+            output_dir=out,
+            max_frames=12,
+            finetuned_path=trained / "pytorch_model.bin",
+        )
         assert main(["--do_eval", "--save_similarity", *flags]) == 0
         assert read_results(out)["metrics"] == read_results(trained)["metrics"]
         with np.load(out / "similarity.npz", allow_pickle=False) as saved:
@@ -113,9 +135,13 @@ def test_four_processes_score_the_same_matrix_as_one(trained, msrvtt_flags, tmp_
         flags = replaced(msrvtt_flags, output_dir=out, finetuned_path=trained / "pytorch_model.bin", batch_size_val=2)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         subprocess.run(
-            [*launcher, "main_task_retrieval.py", "--do_eval", "--save_similarity", *flags], cwd=ROOT, check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240,
-        )  # fmt: skip
+            [*launcher, "main_task_retrieval.py", "--do_eval", "--save_similarity", *flags],
+            cwd=ROOT,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            timeout=240,
+        )
         with np.load(out / "similarity.npz") as file:
             saved.append(file["similarity"])
     assert np.array_equal(saved[0], saved[1])
@@ -152,8 +178,10 @@ def test_a_killed_run_continues_to_the_same_weights(msrvtt_flags, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert read_results(broken)["metrics"] == read_results(whole)["metrics"]
-    losses = [[json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
-              for folder in (broken, whole)]  # fmt: skip
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+        for folder in (broken, whole)
+    ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
 
@@ -171,7 +199,8 @@ def test_resume_with_other_options_is_refused(msrvtt_flags, trained, tmp_path, c
 def test_continuing_from_a_checkpoint_with_another_head(trained, msrvtt_flags, tmp_path):
     """--init_model takes a meanP checkpoint into seqTransf, whose transformer starts from the text tower."""
     flags = replaced(TRAIN, epochs=1) + replaced(
-        msrvtt_flags, init_model=trained / "pytorch_model.bin", sim_header="seqTransf", cross_num_hidden_layers=1)
+        msrvtt_flags, init_model=trained / "pytorch_model.bin", sim_header="seqTransf", cross_num_hidden_layers=1
+    )
     assert main(flags) == 0
     tensors = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     assert "transformerClip.resblocks.0.attn.in_proj_weight" in tensors
@@ -179,8 +208,9 @@ def test_continuing_from_a_checkpoint_with_another_head(trained, msrvtt_flags, t
 
 
 def test_the_wrong_head_for_a_checkpoint_is_refused(trained, msrvtt_flags, capsys):
-    flags = replaced(msrvtt_flags, finetuned_path=trained / "pytorch_model.bin", sim_header="seqTransf",
-                     cross_num_hidden_layers=1)  # fmt: skip
+    flags = replaced(
+        msrvtt_flags, finetuned_path=trained / "pytorch_model.bin", sim_header="seqTransf", cross_num_hidden_layers=1
+    )
     assert main(["--do_eval", *flags]) == 1
     assert "holds no weights for --sim_header seqTransf" in capsys.readouterr().err
 

@@ -13,16 +13,20 @@ import torch
 from golden_vectors import load, recipe
 from test_main import ROOT, replaced
 
-import modules.train
+import engine.train
 from main_task_retrieval import main
 from modules.metrics import retrieval_metrics
 from tools.postprocess import main as postprocess
 
 VOCAB = 49408  # of the real tokenizer; the vectors' own models are smaller
 CLIP4CLIP = {  # fixture -> flags it was trained with
-    "A1_meanP_2d": [], "A2_seqLSTM_2d": [], "A3_seqTransf_2d": [], "A4_tightTransf_2d": [], "A5_meanP_3d": [],
+    "A1_meanP_2d": [],
+    "A2_seqLSTM_2d": [],
+    "A3_seqTransf_2d": [],
+    "A4_tightTransf_2d": [],
+    "A5_meanP_3d": [],
     "A6_seqTransf_3d": [],
-}  # fmt: skip
+}
 OTHERS = {
     "C5_xpool": ["--sim_header", "xpool"],
     "C2_wti2_seqTransf": ["--sim_header", "seqTransf", "--interaction", "wti", "--compat", "drl"],
@@ -32,8 +36,19 @@ OTHERS = {
     "B2_wti2_evl": ["--clip_evl", "--interaction", "wti", "--compat", "internvideo"],
     "B2_ti_evl": ["--clip_evl", "--interaction", "ti"],
 }
-TRAIN = ["--do_train", "--epochs", "1", "--batch_size", "24", "--lr", "1e-3", "--coef_lr", "1e-2",
-         "--freeze_layer_num", "0"]  # fmt: skip
+TRAIN = [
+    "--do_train",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "24",
+    "--lr",
+    "1e-3",
+    "--coef_lr",
+    "1e-2",
+    "--freeze_layer_num",
+    "0",
+]
 
 
 def source_weights(stem: str) -> dict[str, torch.Tensor]:
@@ -49,8 +64,13 @@ def source_weights(stem: str) -> dict[str, torch.Tensor]:
 def flags_of(stem: str) -> list[str]:
     config = load(stem).config
     more = OTHERS.get(stem) or ["--sim_header", config["sim_header"], "--linear_patch", config["linear_patch"]]
-    return [*more, "--cross_num_hidden_layers", str(config.get("cross_num_hidden_layers", 4)),
-            "--max_words", str(min(32, config["context_length"]))]  # fmt: skip
+    return [
+        *more,
+        "--cross_num_hidden_layers",
+        str(config.get("cross_num_hidden_layers", 4)),
+        "--max_words",
+        str(min(32, config["context_length"])),
+    ]
 
 
 def similarity_of(folder: Path) -> np.ndarray:
@@ -67,8 +87,9 @@ def test_checkpoint_evaluates_trains_and_loads_back(stem, msrvtt_flags, tmp_path
     matrices = []
     for batch_size, memory in ((12, 1024), (5, 1)):
         out = tmp_path / f"eval{batch_size}"
-        flags = replaced(base, output_dir=out, finetuned_path=source, batch_size_val=batch_size,
-                         similarity_memory_mb=memory)  # fmt: skip
+        flags = replaced(
+            base, output_dir=out, finetuned_path=source, batch_size_val=batch_size, similarity_memory_mb=memory
+        )
         assert main(["--do_eval", *flags]) == 0
         matrices.append(similarity_of(out))
     assert matrices[0].shape == (12, 12)
@@ -89,16 +110,19 @@ def test_checkpoint_evaluates_trains_and_loads_back(stem, msrvtt_flags, tmp_path
     assert np.array_equal(similarity_of(again), similarity_of(out))
 
 
-@pytest.mark.parametrize(("stem", "flags", "message"), [
-    ("A3_seqTransf_2d", ["--sim_header", "meanP"], "give --sim_header seqTransf"),
-    ("A2_seqLSTM_2d", ["--sim_header", "meanP"], "give --sim_header seqLSTM"),
-    ("A5_meanP_3d", ["--sim_header", "meanP"], "give --linear_patch 3d"),
-    ("A1_meanP_2d", ["--linear_patch", "3d"], "it was trained with --linear_patch 2d"),
-    ("A1_meanP_2d", ["--interaction", "wti"], "holds no weights for --interaction wti"),
-    ("B2_wti3_plainclip", [], "give --interaction wti"),
-    ("B1_evl_meanP", [], "give --clip_evl"),
-    ("A1_meanP_2d", ["--clip_evl"], "leave --clip_evl out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stem", "flags", "message"),
+    [
+        ("A3_seqTransf_2d", ["--sim_header", "meanP"], "give --sim_header seqTransf"),
+        ("A2_seqLSTM_2d", ["--sim_header", "meanP"], "give --sim_header seqLSTM"),
+        ("A5_meanP_3d", ["--sim_header", "meanP"], "give --linear_patch 3d"),
+        ("A1_meanP_2d", ["--linear_patch", "3d"], "it was trained with --linear_patch 2d"),
+        ("A1_meanP_2d", ["--interaction", "wti"], "holds no weights for --interaction wti"),
+        ("B2_wti3_plainclip", [], "give --interaction wti"),
+        ("B1_evl_meanP", [], "give --clip_evl"),
+        ("A1_meanP_2d", ["--clip_evl"], "leave --clip_evl out"),
+    ],
+)
 def test_the_wrong_options_for_a_checkpoint_are_named(stem, flags, message, msrvtt_flags, tmp_path, capsys):
     source = tmp_path / "pytorch_model.bin"
     torch.save(source_weights(stem), source)
@@ -107,10 +131,17 @@ def test_the_wrong_options_for_a_checkpoint_are_named(stem, flags, message, msrv
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [
-    ["--interaction", "wti", "--cdcr", "3"], ["--interaction", "ti", "--cdcr", "1"], ["--sim_header", "xpool"],
-    ["--clip_evl"], ["--clip_evl", "--interaction", "wti", "--cdcr", "2"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--interaction", "wti", "--cdcr", "3"],
+        ["--interaction", "ti", "--cdcr", "1"],
+        ["--sim_header", "xpool"],
+        ["--clip_evl"],
+        ["--clip_evl", "--interaction", "wti", "--cdcr", "2"],
+    ],
+    ids=" ".join,
+)
 def test_a_head_starts_from_plain_clip(flags, msrvtt_flags, tmp_path):
     assert main([*TRAIN, *msrvtt_flags, *flags]) == 0
     assert json.loads((tmp_path / "out" / "history.jsonl").read_text())["steps"] == 2
@@ -119,20 +150,21 @@ def test_a_head_starts_from_plain_clip(flags, msrvtt_flags, tmp_path):
 @pytest.mark.parametrize("flags", [["--sim_header", "xpool"], ["--interaction", "wti", "--cdcr", "1"]], ids=" ".join)
 def test_chance_is_the_same_after_a_resume(flags, msrvtt_flags, tmp_path, monkeypatch):
     """Dropout (xpool) and drawn tokens (cdcr 1): the second epoch is that of a run without interruption."""
-    kept, save = tmp_path / "after_epoch_1.pt", modules.train.save_last
+    kept, save = tmp_path / "after_epoch_1.pt", engine.train.save_last
 
     def save_and_keep(folder: Path, *arguments) -> None:
         save(folder, *arguments)
         if not kept.exists():
             shutil.copy(folder / "checkpoint_last.pt", kept)
 
-    monkeypatch.setattr(modules.train, "save_last", save_and_keep)
+    monkeypatch.setattr(engine.train, "save_last", save_and_keep)
     command = [*replaced(TRAIN, epochs=2), *flags]
     assert main([*command, *replaced(msrvtt_flags, output_dir=tmp_path / "whole")]) == 0
     again = replaced(msrvtt_flags, output_dir=tmp_path / "resumed", resume_model=kept)
     assert main([*command, *again]) == 0
-    whole, resumed = (torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"]
-                      for name in ("whole", "resumed"))  # fmt: skip
+    whole, resumed = (
+        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"] for name in ("whole", "resumed")
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -141,23 +173,44 @@ def test_mergeclip_from_the_command_line(msrvtt_flags, tmp_path):
     upstream, clip = tmp_path / "upstream.bin", tmp_path / "clip.bin"
     tensors = source_weights("B1_evl_meanP")
     torch.save(tensors, upstream)
-    plain = {k.replace("visual_", "visual."): v.squeeze(2) if v.ndim == 5 and "conv1" in k else v
-             for k, v in tensors.items() if "transformer.d" not in k and "temporal" not in k}  # fmt: skip
+    plain = {
+        k.replace("visual_", "visual."): v.squeeze(2) if v.ndim == 5 and "conv1" in k else v
+        for k, v in tensors.items()
+        if "transformer.d" not in k and "temporal" not in k
+    }
     plain = {k: v.roll(1) for k, v in plain.items() if not k.endswith(("balance", "text_mask_embedding"))}
     torch.save(plain, clip)
     found = {}
-    for name, more in (("upstream", []), ("0", ["--mergeclip=True", "--mergeweight", "0"]),
-                       ("half", ["--mergeclip=True"])):  # fmt: skip
+    for name, more in (
+        ("upstream", []),
+        ("0", ["--mergeclip=True", "--mergeweight", "0"]),
+        ("half", ["--mergeclip=True"]),
+    ):
         flags = replaced(msrvtt_flags, output_dir=tmp_path / name, pretrained_clip_name=clip, pretrained_path=upstream)
-        assert main(["--do_eval", "--save_similarity", "--clip_evl", "--max_words", "16", "--activation", "quick_gelu",
-                     *flags, *more]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "--do_eval",
+                    "--save_similarity",
+                    "--clip_evl",
+                    "--max_words",
+                    "16",
+                    "--activation",
+                    "quick_gelu",
+                    *flags,
+                    *more,
+                ]
+            )
+            == 0
+        )
         found[name] = similarity_of(tmp_path / name)
     np.testing.assert_allclose(found["0"], found["upstream"], rtol=1e-5, atol=1e-5)
     assert np.abs(found["half"] - found["upstream"]).max() > 1e-2
 
 
-@pytest.mark.parametrize("flags", [["--sim_header", "xpool"], ["--sim_header", "seqTransf", "--interaction", "ti"]],
-                         ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", [["--sim_header", "xpool"], ["--sim_header", "seqTransf", "--interaction", "ti"]], ids=" ".join
+)
 def test_four_processes_share_the_pairs(flags, msrvtt_flags, tmp_path):
     """12 videos and 12 captions in batches of 2 and 8: two ranks have no caption at all."""
     found = []
@@ -165,8 +218,14 @@ def test_four_processes_share_the_pairs(flags, msrvtt_flags, tmp_path):
         out = tmp_path / f"ranks{processes}"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = ["--do_eval", "--save_similarity", *flags, *replaced(msrvtt_flags, output_dir=out, batch_size_val=2)]
-        subprocess.run([*launcher, "main_task_retrieval.py", *command], cwd=ROOT, check=True, capture_output=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
+        subprocess.run(
+            [*launcher, "main_task_retrieval.py", *command],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=240,
+        )
         found.append(similarity_of(out))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 
@@ -179,8 +238,12 @@ def test_query_bank_of_the_training_captions(msrvtt_flags, tmp_path, capsys):
     assert "(transductive)" in found["postprocessing"]["dsl"]
     with np.load(out / "similarity.npz", allow_pickle=False) as saved:
         assert saved["bank_similarity"].shape == (50, 12)
-        metrics = retrieval_metrics(saved["similarity"], saved["caption_to_video"], bank=saved["bank_similarity"],
-                                    scale=float(saved["logit_scale"]))  # fmt: skip
+        metrics = retrieval_metrics(
+            saved["similarity"],
+            saved["caption_to_video"],
+            bank=saved["bank_similarity"],
+            scale=float(saved["logit_scale"]),
+        )
     assert metrics == found["metrics"]
     capsys.readouterr()
     assert postprocess([str(out / "similarity.npz")]) == 0

@@ -2,10 +2,10 @@
 
 import torch
 
-from modules.build import build_model, checkpoint_tensors
-from modules.checkpoint_names import VIDEO_TOWER_PARTS
-from modules.options import parse_options
-from modules.trainer import build_optimizer
+from checkpoints.names import VIDEO_TOWER_PARTS
+from engine.build import build_model, checkpoint_tensors
+from engine.options import parse_options
+from engine.step import build_optimizer
 
 PARTS = tuple(f"clip.{part}" for part in VIDEO_TOWER_PARTS)
 

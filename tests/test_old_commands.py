@@ -5,13 +5,26 @@ import shlex
 
 import pytest
 
+from engine.options import parse_options
 from inference import main as inference
-from modules.options import parse_options
 
 # Scripts of InternVideo's Video-Text-Retrieval. "-" where the script does not give the flag. Columns:
-COLUMNS = ("datatype", "pretrained_clip_name", "mergeclip", "mergeweight", "epochs", "lr", "coef_lr", "batch_size",
-           "batch_size_val", "max_words", "max_frames", "freeze_layer_num", "interaction",
-           "num_thread_reader")  # fmt: skip
+COLUMNS = (
+    "datatype",
+    "pretrained_clip_name",
+    "mergeclip",
+    "mergeweight",
+    "epochs",
+    "lr",
+    "coef_lr",
+    "batch_size",
+    "batch_size_val",
+    "max_words",
+    "max_frames",
+    "freeze_layer_num",
+    "interaction",
+    "num_thread_reader",
+)
 SCRIPTS = """
 eval_activitynet               activity ViT-L/14 True -    5  1e-3 5e-3   8   8   77 16 0  no 8
 eval_didemo                    didemo   ViT-L/14 -    -    5  1e-3 5e-3   8   32  77 32 0  no 8
@@ -41,8 +54,12 @@ run_kc4_vatex_infer            vatex    ViT-L/14 True -    -  -    5e-3   -   16
 COMMON = "--sim_header meanP --loose_type --linear_patch 2d --slice_framepos 2 --feature_framerate 1 --n_display 50"
 PATHS = "--data_path d --features_path f --output_dir o --train_csv t.csv --val_csv v.csv"
 DATASETS = {  # datatype -> max_words, max_frames of CLIP4Clip's README
-    "msrvtt": (32, 12), "msvd": (32, 12), "lsmdc": (32, 12), "activity": (64, 64), "didemo": (64, 64),
-}  # fmt: skip
+    "msrvtt": (32, 12),
+    "msvd": (32, 12),
+    "lsmdc": (32, 12),
+    "activity": (64, 64),
+    "didemo": (64, 64),
+}
 
 
 def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -89,10 +106,12 @@ def test_a_script_s_flags_mean_what_they_say(name):
 def test_clip4clip_commands(datatype, clip, head):
     """With torch.distributed.launch's own argument; tightTransf stands without --loose_type."""
     words, frames = DATASETS[datatype]
-    argv = f"--local_rank=0 --do_train --num_thread_reader=0 --epochs=5 --batch_size=128 --n_display=50 {PATHS} " \
-           f"--lr 1e-4 --max_words {words} --max_frames {frames} --batch_size_val 16 --datatype {datatype} " \
-           "--feature_framerate 1 --coef_lr 1e-3 --freeze_layer_num 0 --slice_framepos 2 " \
-           f"--linear_patch 2d --sim_header {head} --pretrained_clip_name {clip}"  # fmt: skip
+    argv = (
+        f"--local_rank=0 --do_train --num_thread_reader=0 --epochs=5 --batch_size=128 --n_display=50 {PATHS} "
+        f"--lr 1e-4 --max_words {words} --max_frames {frames} --batch_size_val 16 --datatype {datatype} "
+        "--feature_framerate 1 --coef_lr 1e-3 --freeze_layer_num 0 --slice_framepos 2 "
+        f"--linear_patch 2d --sim_header {head} --pretrained_clip_name {clip}"
+    )
     argv += " --expand_msrvtt_sentences" if datatype == "msrvtt" else ""
     argv += " --loose_type" if head != "tightTransf" else ""
     options = parse_options(argv.split()).as_dict()

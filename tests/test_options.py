@@ -2,10 +2,19 @@
 
 import pytest
 
-from modules.options import build_parser, parse_options
+from engine.options import build_parser, parse_options
 
-BASE = ["--do_eval", "--output_dir", "out", "--data_path", "data.json", "--features_path", "videos",
-        "--val_csv", "v.csv"]  # fmt: skip
+BASE = [
+    "--do_eval",
+    "--output_dir",
+    "out",
+    "--data_path",
+    "data.json",
+    "--features_path",
+    "videos",
+    "--val_csv",
+    "v.csv",
+]
 
 KEPT = """
 batch_size batch_size_val coef_lr data_path datatype do_eval do_train epochs expand_msrvtt_sentences
@@ -29,62 +38,85 @@ def test_flags_of_the_source_projects_are_kept(name):
     assert f"--{name}" in build_parser()._option_string_actions
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("--loose_type", True), ("--loose_type=True", True), ("--loose_type=true", True), ("--allow_missing=False", False),
-    ("--allow_missing=no", False), ("--allow_missing=0", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("--loose_type", True),
+        ("--loose_type=True", True),
+        ("--loose_type=true", True),
+        ("--allow_missing=False", False),
+        ("--allow_missing=no", False),
+        ("--allow_missing=0", False),
+    ],
+)
 def test_booleans_mean_what_they_say(text, value):
     options = parse_options([*BASE, text])
     name = text[2:].split("=")[0]
     assert options.as_dict()[name] is value
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--max_frames", "0"], "--max_frames must be >= 1, got 0"),
-    (["--max_words", "1"], "--max_words must be >= 2, got 1"),
-    (["--lr", "0"], "--lr must be > 0, got 0.0"),
-    (["--lr", "nan"], "--lr must be > 0, got nan"),
-    (["--warmup_proportion", "1"], "--warmup_proportion must be in [0, 1), or -1 for none, got 1.0"),
-    (["--sim_header", "meanPP"],
-     "--sim_header must be one of meanP, seqLSTM, seqTransf, tightTransf, xpool, got meanPP"),
-    (["--sim_header", "tightTransf", "--loose_type"], "--sim_header tightTransf is not of --loose_type"),
-    (["--loose_type=false"], "--loose_type=false belongs to --sim_header tightTransf, got --sim_header meanP"),
-    (["--sim_header", "xpool", "--interaction", "wti"], "--interaction wti takes the place of --sim_header xpool's"),
-    (["--sim_header", "tightTransf", "--cdcr", "1"], "--cdcr 1 works on features or tokens that --sim_header tight"),
-    (["--wti_arch", "3"], "--wti_arch 3 belongs to --interaction wti, got --interaction no"),
-    (["--linear_patch", "3d", "--clip_evl"], "--linear_patch 3d is not for --clip_evl"),
-    (["--mergeclip=True"], "--mergeclip is for InternVideo's tower; add --clip_evl"),
-    (["--pretrained_path", "a"], "--pretrained_path is for InternVideo's tower; add --clip_evl"),
-    (["--clip_evl", "--mergeclip"], "--mergeclip averages the file of --pretrained_path with a CLIP"),
-    (["--mergeweight", "1.5"], "--mergeweight must be in [0, 1], got 1.5"),
-    (["--similarity_memory_mb", "0"], "--similarity_memory_mb must be >= 1, got 0"),
-    (["--qb_norm"], "--qb_norm takes its query bank from the training captions; add --train_csv"),
-    (["--margin", "0.1"], "--margin had no effect in the source projects"),
-    (["--allow_missing=perhaps"], "expected true or false, got 'perhaps'"),
-    (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
-    (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
-    (["--zeroshot", "--finetuned_path", "b"], "--zeroshot evaluates weights as they were pre-trained; leave it"),
-    (["--use_dsl"], "--use_dsl DSL is always reported beside the raw metrics"),
-    (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
-    (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1, got 0"),
-    (["--gradient_accumulation_steps", "9", "--batch_size", "8"],
-     "--gradient_accumulation_steps 9 exceeds --batch_size 8"),
-    (["--save_steps", "-1"], "--save_steps must be >= 0, got -1"),
-    (["--do_train", "--train_csv", "t", "--resume_model", "a", "--init_model", "b"], "leave --init_model out"),
-    (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
-    (["--do_train", "--train_csv", "t", "--finetuned_path", "b"], "--finetuned_path is for evaluation"),
-    (["--fp16", "--precision", "bf16"], "--fp16 means --precision fp16, but --precision bf16 was given"),
-    (["--frame_rule", "stride", "--slice_framepos", "0"], "--slice_framepos 0 acts with --frame_rule second only"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_frames", "0"], "--max_frames must be >= 1, got 0"),
+        (["--max_words", "1"], "--max_words must be >= 2, got 1"),
+        (["--lr", "0"], "--lr must be > 0, got 0.0"),
+        (["--lr", "nan"], "--lr must be > 0, got nan"),
+        (["--warmup_proportion", "1"], "--warmup_proportion must be in [0, 1), or -1 for none, got 1.0"),
+        (
+            ["--sim_header", "meanPP"],
+            "--sim_header must be one of meanP, seqLSTM, seqTransf, tightTransf, xpool, got meanPP",
+        ),
+        (["--sim_header", "tightTransf", "--loose_type"], "--sim_header tightTransf is not of --loose_type"),
+        (["--loose_type=false"], "--loose_type=false belongs to --sim_header tightTransf, got --sim_header meanP"),
+        (
+            ["--sim_header", "xpool", "--interaction", "wti"],
+            "--interaction wti takes the place of --sim_header xpool's",
+        ),
+        (
+            ["--sim_header", "tightTransf", "--cdcr", "1"],
+            "--cdcr 1 works on features or tokens that --sim_header tight",
+        ),
+        (["--wti_arch", "3"], "--wti_arch 3 belongs to --interaction wti, got --interaction no"),
+        (["--linear_patch", "3d", "--clip_evl"], "--linear_patch 3d is not for --clip_evl"),
+        (["--mergeclip=True"], "--mergeclip is for InternVideo's tower; add --clip_evl"),
+        (["--pretrained_path", "a"], "--pretrained_path is for InternVideo's tower; add --clip_evl"),
+        (["--clip_evl", "--mergeclip"], "--mergeclip averages the file of --pretrained_path with a CLIP"),
+        (["--mergeweight", "1.5"], "--mergeweight must be in [0, 1], got 1.5"),
+        (["--similarity_memory_mb", "0"], "--similarity_memory_mb must be >= 1, got 0"),
+        (["--qb_norm"], "--qb_norm takes its query bank from the training captions; add --train_csv"),
+        (["--margin", "0.1"], "--margin had no effect in the source projects"),
+        (["--allow_missing=perhaps"], "expected true or false, got 'perhaps'"),
+        (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
+        (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
+        (["--zeroshot", "--finetuned_path", "b"], "--zeroshot evaluates weights as they were pre-trained; leave it"),
+        (["--use_dsl"], "--use_dsl DSL is always reported beside the raw metrics"),
+        (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1, got 0"),
+        (
+            ["--gradient_accumulation_steps", "9", "--batch_size", "8"],
+            "--gradient_accumulation_steps 9 exceeds --batch_size 8",
+        ),
+        (["--save_steps", "-1"], "--save_steps must be >= 0, got -1"),
+        (["--do_train", "--train_csv", "t", "--resume_model", "a", "--init_model", "b"], "leave --init_model out"),
+        (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
+        (["--do_train", "--train_csv", "t", "--finetuned_path", "b"], "--finetuned_path is for evaluation"),
+        (["--fp16", "--precision", "bf16"], "--fp16 means --precision fp16, but --precision bf16 was given"),
+        (["--frame_rule", "stride", "--slice_framepos", "0"], "--slice_framepos 0 acts with --frame_rule second only"),
+    ],
+)
 def test_bad_options_are_refused_by_name(capsys, more, message):
     assert message in refusal(capsys, [*BASE, *more])
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    ([], "nothing to do: give --do_train, --do_eval or both"),
-    (["--do_eval"], "--output_dir is required"),
-    (BASE[:-2], "--datatype msrvtt needs --val_csv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "nothing to do: give --do_train, --do_eval or both"),
+        (["--do_eval"], "--output_dir is required"),
+        (BASE[:-2], "--datatype msrvtt needs --val_csv"),
+    ],
+)
 def test_what_is_missing_is_named(capsys, argv, message):
     assert message in refusal(capsys, argv)
 

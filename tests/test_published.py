@@ -1,14 +1,29 @@
 """Published rows: true to their tables, compared only with what measures the same."""
 
-from modules.published import compare, protocol_of, published_rows, tower_name
-from modules.video_clip import VideoClipSizes
+from modules.encoders.internvideo import VideoClipSizes
+from tools.published import compare, protocol_of, published_rows, tower_name
 
 ROW = {"R@1": 41.0, "R@5": 66.0, "R@10": 75.0, "MedR": 2.0, "MeanR": 22.9}
-OPTIONS = {"compat": "internvideo", "sim_header": "meanP", "interaction": "no", "do_train": False,
-           "finetuned_path": None, "init_model": None, "max_frames": 12, "frame_rule": "stride",
-           "feature_framerate": 1, "max_words": 77}  # fmt: skip
-FOUND = {"dataset": "msrvtt", "split": "test", "n_videos": 1000, "n_captions": 1000, "options": OPTIONS,
-         "metrics": {"raw": {"t2v": ROW | {"R@1": 35.0}}, "dsl": {"t2v": ROW, "v2t": ROW}}}  # fmt: skip
+OPTIONS = {
+    "compat": "internvideo",
+    "sim_header": "meanP",
+    "interaction": "no",
+    "do_train": False,
+    "finetuned_path": None,
+    "init_model": None,
+    "max_frames": 12,
+    "frame_rule": "stride",
+    "feature_framerate": 1,
+    "max_words": 77,
+}
+FOUND = {
+    "dataset": "msrvtt",
+    "split": "test",
+    "n_videos": 1000,
+    "n_captions": 1000,
+    "options": OPTIONS,
+    "metrics": {"raw": {"t2v": ROW | {"R@1": 35.0}}, "dsl": {"t2v": ROW, "v2t": ROW}},
+}
 TOWER = "InternVideo ViT-L/14"
 
 
@@ -21,9 +36,20 @@ def test_rows_are_whole():
 
 
 def test_names_of_towers():
-    sizes = VideoClipSizes(embed_dim=768, image_resolution=224, vision_layers=24, vision_width=1024, patch_size=14,
-                           context_length=77, vocab_size=49408, text_width=768, text_heads=12, text_layers=12,
-                           vision_heads=16, read_after=(23,))  # fmt: skip
+    sizes = VideoClipSizes(
+        embed_dim=768,
+        image_resolution=224,
+        vision_layers=24,
+        vision_width=1024,
+        patch_size=14,
+        context_length=77,
+        vocab_size=49408,
+        text_width=768,
+        text_heads=12,
+        text_layers=12,
+        vision_heads=16,
+        read_after=(23,),
+    )
     assert tower_name(True, sizes) == TOWER
 
 
@@ -33,9 +59,11 @@ def test_the_same_protocol_is_compared_with_its_own_post_processing():
     assert lines[0] == "beside InternVideo (arXiv 2212.03191), zero-shot, InternVideo ViT-L/14, meanP, dsl;"
     assert lines[1] == "here at most 12 frames by the stride rule, 1 a second, 77 words:"
     assert [line.split() for line in lines[2:6]] == [
-        ["text-to-video", "R@1", "R@5", "R@10", "MedR", "MeanR"], ["published", "40.0", "65.3", "74.1", "2.0", "23.9"],
-        ["here", "41.0", "66.0", "75.0", "2.0", "22.9"], ["difference", "+1.0", "+0.7", "+0.9", "+0.0", "-1.0"],
-    ]  # fmt: skip
+        ["text-to-video", "R@1", "R@5", "R@10", "MedR", "MeanR"],
+        ["published", "40.0", "65.3", "74.1", "2.0", "23.9"],
+        ["here", "41.0", "66.0", "75.0", "2.0", "22.9"],
+        ["difference", "+1.0", "+0.7", "+0.9", "+0.0", "-1.0"],
+    ]
     assert len(lines) == 10
 
 
@@ -43,6 +71,5 @@ def test_another_protocol_is_named_instead():
     (line,) = compare(FOUND | {"n_videos": 998}, TOWER)
     assert line == "not compared with InternVideo (arXiv 2212.03191), zero-shot: videos 998 here, 1000 there"
     (line,) = compare(FOUND | {"options": OPTIONS | {"compat": "none"}}, "CLIP ViT-B/16")
-    assert line == "not compared with CLIP with mean pooling, zero-shot: " \
-                   "tower CLIP ViT-B/16 here, CLIP ViT-B/32 there"
+    assert line == "not compared with CLIP with mean pooling, zero-shot: tower CLIP ViT-B/16 here, CLIP ViT-B/32 there"
     assert compare(FOUND | {"dataset": "other"}, TOWER) == ["no published row for other"]

@@ -34,10 +34,24 @@ def test_the_demo(tmp_path):
     """The whole demo with fewer clips and one epoch: it ends by comparing the saved checkpoint's numbers itself."""
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "tools.demo", "--output_dir", str(out), "--epochs", "1", "--n_train", "64", "--n_test",
-         "16"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tools.demo",
+            "--output_dir",
+            str(out),
+            "--epochs",
+            "1",
+            "--n_train",
+            "64",
+            "--n_test",
+            "16",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for title in ("zero-shot, untrained CLIP", "fine-tuned, meanP", "its checkpoint, evaluated again"):
         assert title in done.stdout
@@ -59,19 +73,32 @@ def test_msrvtt_commands(msrvtt_home, sample):
     """Run from the README's text; only the interpreter, the weights and the batch size are replaced."""
     assignment, *rest = commands(next(block for block in BLOCKS if "MSRVTT" in block))
     variables = dict(item.split("=", 1) for item in assignment)
-    replace = {".venv/bin/python": sys.executable, "ViT-B/32": str(sample / "clip" / "tiny_clip.pt"),
-               "main_task_retrieval.py": str(ROOT / "main_task_retrieval.py"), "--batch_size=128": "--batch_size=320",
-               "--num_thread_reader=4": "--num_thread_reader=1", "--epochs=5": "--epochs=1"}  # fmt: skip
+    replace = {
+        ".venv/bin/python": sys.executable,
+        "ViT-B/32": str(sample / "clip" / "tiny_clip.pt"),
+        "main_task_retrieval.py": str(ROOT / "main_task_retrieval.py"),
+        "--batch_size=128": "--batch_size=320",
+        "--num_thread_reader=4": "--num_thread_reader=1",
+        "--epochs=5": "--epochs=1",
+    }
     assert len(rest) == 4
     for command in rest:
         words = [replace.get(word, word) for word in command]
         for name, value in variables.items():
             words = [word.replace(f"${name}", value) for word in words]
-        done = subprocess.run(words, cwd=msrvtt_home, capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        done = subprocess.run(
+            words,
+            cwd=msrvtt_home,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    trained, scored = (json.loads((msrvtt_home / "runs" / name / "results.json").read_text())["metrics"]
-                       for name in ("msrvtt_meanP", "msrvtt_meanP_eval"))  # fmt: skip
+    trained, scored = (
+        json.loads((msrvtt_home / "runs" / name / "results.json").read_text())["metrics"]
+        for name in ("msrvtt_meanP", "msrvtt_meanP_eval")
+    )
     assert trained == scored
 
 
@@ -109,8 +136,14 @@ def test_commands_of_the_data_page(sample_all, tmp_path):
     assert [words[2] for words in lines].count("preprocess.check_dataset") == 6
     for words in lines:
         assert words[0] == ".venv/bin/python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "sample" / "didemo" / "test_data.json").exists()
     small = tmp_path / "data" / "msrvtt" / "videos" / "small"

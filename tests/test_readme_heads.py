@@ -17,17 +17,20 @@ TITLE = "### Add your own head in one file"
 
 def example() -> tuple[str, str]:
     """(path in the tree, source) of the example."""
-    section = next(text.split(TITLE)[1] for path in sorted(ROOT.glob("README*.md"))
-                   if TITLE in (text := path.read_text(encoding="utf-8")))  # fmt: skip
+    section = next(
+        text.split(TITLE)[1]
+        for path in sorted(ROOT.glob("README*.md"))
+        if TITLE in (text := path.read_text(encoding="utf-8"))
+    )
     path = re.search(r"`(modules/heads/\w+\.py)`, in full:", section)[1]
     return path, re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
 
 
 def test_the_example_trains_and_evaluates_and_passes_the_tests_of_heads(msrvtt_flags, tmp_path):
     tree = tmp_path / "tree"
-    for folder in ("modules", "dataloaders", "tests"):
+    for folder in ("engine", "modules", "checkpoints", "dataloaders", "tools", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    for name in ("main_task_retrieval.py", "run_data.py", "run_plan.py", "pyproject.toml"):
+    for name in ("main_task_retrieval.py", "engine.data.py", "engine.plan.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     path, source = example()
     (tree / path).write_text(source, encoding="utf-8")
@@ -35,8 +38,9 @@ def test_the_example_trains_and_evaluates_and_passes_the_tests_of_heads(msrvtt_f
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
 
     def run(*command: str) -> None:
-        done = subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True,
-                              timeout=300)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     flags = replaced(msrvtt_flags, sim_header=name)

@@ -7,11 +7,22 @@ import shutil
 import pytest
 import torch
 
+from checkpoints.read import CheckpointError, read_checkpoint, save_checkpoint
 from main_task_retrieval import main
-from modules.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 
-TRAIN = ["--do_train", "--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num",
-         "-1"]  # fmt: skip
+TRAIN = [
+    "--do_train",
+    "--epochs",
+    "2",
+    "--batch_size",
+    "16",
+    "--lr",
+    "1e-3",
+    "--coef_lr",
+    "1",
+    "--freeze_layer_num",
+    "-1",
+]
 
 
 def clip_tensors(sample) -> dict[str, torch.Tensor]:
@@ -24,10 +35,23 @@ def trained(sample, tmp_path_factory):
     """A short run, and the flags to repeat it."""
     data, out = sample / "msrvtt", tmp_path_factory.mktemp("records")
     flags = [
-        "--train_csv", f"{data}/MSRVTT_train.9k.csv", "--val_csv", f"{data}/MSRVTT_JSFUSION_test.csv", "--data_path",
-        f"{data}/MSRVTT_data.json", "--features_path", f"{data}/videos/all", "--max_frames", "3",
-        "--num_thread_reader", "0", "--device", "cpu", "--pretrained_clip_name", f"{sample}/clip/tiny_clip.pt",
-    ]  # fmt: skip
+        "--train_csv",
+        f"{data}/MSRVTT_train.9k.csv",
+        "--val_csv",
+        f"{data}/MSRVTT_JSFUSION_test.csv",
+        "--data_path",
+        f"{data}/MSRVTT_data.json",
+        "--features_path",
+        f"{data}/videos/all",
+        "--max_frames",
+        "3",
+        "--num_thread_reader",
+        "0",
+        "--device",
+        "cpu",
+        "--pretrained_clip_name",
+        f"{sample}/clip/tiny_clip.pt",
+    ]
     assert main([*TRAIN, *flags, "--output_dir", str(out)]) == 0
     return out, flags
 
@@ -80,8 +104,17 @@ def test_an_evaluation_says_how_its_checkpoint_was_selected_and_trained(trained,
 def test_a_checkpoint_given_for_evaluation_must_hold_the_head(trained, tmp_path, capsys):
     """--init_model without --do_train, as CLIP4Clip's evaluation commands have it, is no leave to start a head anew."""
     out, flags = trained
-    flags = [*flags, "--init_model", str(out / "pytorch_model.bin"), "--output_dir", str(tmp_path), "--sim_header",
-             "seqTransf", "--cross_num_hidden_layers", "1"]  # fmt: skip
+    flags = [
+        *flags,
+        "--init_model",
+        str(out / "pytorch_model.bin"),
+        "--output_dir",
+        str(tmp_path),
+        "--sim_header",
+        "seqTransf",
+        "--cross_num_hidden_layers",
+        "1",
+    ]
     assert main(["--do_eval", *flags]) == 1
     assert "holds no weights for --sim_header seqTransf" in capsys.readouterr().err
 

@@ -13,16 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 
-import modules.trainer
+import engine.step
+from checkpoints.whole import remove_leftovers, write_whole
+from engine.resume import load_last, random_state, set_random_state
 from main_task_retrieval import main
-from modules.files import remove_leftovers, write_whole
-from modules.resume import load_last, random_state, set_random_state
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = {"seconds", "clips_per_second", "data_wait", "peak_memory_mb"}  # of history.jsonl; all else must agree
 # 48 clips in batches of 12, one caption drawn for each: 4 steps an epoch, 12 in all.
-TRAIN = ["--do_train", "--epochs", "3", "--batch_size", "12", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num",
-         "-1", "--save_steps", "3"]  # fmt: skip
+TRAIN = [
+    "--do_train",
+    "--epochs",
+    "3",
+    "--batch_size",
+    "12",
+    "--lr",
+    "1e-3",
+    "--coef_lr",
+    "1",
+    "--freeze_layer_num",
+    "-1",
+    "--save_steps",
+    "3",
+]
 SAVE_STEPS, STEPS = 3, 12
 
 
@@ -35,9 +48,13 @@ def flags_to(flags: list[str], folder: Path, *more: str) -> list[str]:
 
 def run_plans(plans: list[dict], flags: list[str]) -> list[tuple[int, int]]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fault_driver.py"), json.dumps(plans), *flags], cwd=ROOT, text=True,
-        capture_output=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "tests" / "fault_driver.py"), json.dumps(plans), *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return [tuple(pair) for pair in json.loads(done.stdout.splitlines()[-1])]
 
@@ -46,10 +63,11 @@ def outcome(folder: Path) -> tuple[dict, dict, list, dict]:
     """Selected weights, last weights, history and metrics of a finished run."""
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return (
-        torch.load(folder / "pytorch_model.bin", weights_only=True), load_last(folder / "checkpoint_last.pt")["model"],
+        torch.load(folder / "pytorch_model.bin", weights_only=True),
+        load_last(folder / "checkpoint_last.pt")["model"],
         [{k: v for k, v in line.items() if k not in TIMINGS} for line in history],
         json.loads((folder / "results.json").read_text())["metrics"],
-    )  # fmt: skip
+    )
 
 
 def assert_same_outcome(ours: Path, theirs: Path) -> None:
@@ -79,11 +97,27 @@ def whole(sample, tmp_path_factory):
     """A run that nothing interrupts; its flags to repeat."""
     data, out = sample / "msrvtt", tmp_path_factory.mktemp("whole")
     flags = [
-        "--datatype", "msrvtt", "--train_csv", f"{data}/MSRVTT_train.9k.csv", "--val_csv",
-        f"{data}/MSRVTT_JSFUSION_test.csv", "--data_path", f"{data}/MSRVTT_data.json", "--features_path",
-        f"{data}/videos/all", "--output_dir", str(out), "--max_frames", "3", "--num_thread_reader", "1",
-        "--pretrained_clip_name", f"{sample}/clip/tiny_clip.pt", "--device", "cpu",
-    ]  # fmt: skip
+        "--datatype",
+        "msrvtt",
+        "--train_csv",
+        f"{data}/MSRVTT_train.9k.csv",
+        "--val_csv",
+        f"{data}/MSRVTT_JSFUSION_test.csv",
+        "--data_path",
+        f"{data}/MSRVTT_data.json",
+        "--features_path",
+        f"{data}/videos/all",
+        "--output_dir",
+        str(out),
+        "--max_frames",
+        "3",
+        "--num_thread_reader",
+        "1",
+        "--pretrained_clip_name",
+        f"{sample}/clip/tiny_clip.pt",
+        "--device",
+        "cpu",
+    ]
     assert run_plans([{}], flags_to(flags, out)) == [(0, STEPS)]
     return flags, out
 
@@ -110,8 +144,14 @@ def test_eleven_deaths_change_nothing(whole, tmp_path):
         before = 0
         for plan, (status, saved) in zip(plans, report):
             assert saved >= before, plan
-            died = next((s for kind, s in (("kill", -signal.SIGKILL), ("term", 143), ("full", 1))
-                         if any(name.startswith(kind) for name in plan)), 0)  # fmt: skip
+            died = next(
+                (
+                    s
+                    for kind, s in (("kill", -signal.SIGKILL), ("term", 143), ("full", 1))
+                    if any(name.startswith(kind) for name in plan)
+                ),
+                0,
+            )
             assert status in (died, 0), (plan, report)  # 0 when the run is over before its death comes
             done = plan.get("kill_after_step", 0) if status else 0
             assert saved > before + done - SAVE_STEPS - 1, (plan, report)
@@ -155,9 +195,15 @@ def processes_of(session: int) -> list[str]:
 def test_a_signal_saves_and_leaves_no_process(whole, tmp_path, number):
     """To the whole process group, as a terminal's Ctrl-C and SLURM do it: loader workers get it too."""
     command = flags_to(whole[0], tmp_path / "out", "--num_thread_reader", "2", "--epochs", "500", "--save_steps", "0")
-    process = subprocess.Popen([sys.executable, "main_task_retrieval.py", *command], cwd=ROOT, text=True,
-                               start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "main_task_retrieval.py", *command],
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 90
     while not (tmp_path / "out" / "history.jsonl").exists():
         assert process.poll() is None
@@ -194,8 +240,20 @@ def test_what_may_change_and_what_may_not(whole, tmp_path, capsys):
     assert "training data 48 videos" in message
     assert "-> 47 videos" in message
     # Elsewhere, with other workers, lines and pieces; the run is over, so what was selected comes along.
-    assert main([*changed(resumed, num_thread_reader="0"), "--n_display", "1", "--batch_size_val", "6",
-                 "--gradient_accumulation_steps", "2"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                *changed(resumed, num_thread_reader="0"),
+                "--n_display",
+                "1",
+                "--batch_size_val",
+                "6",
+                "--gradient_accumulation_steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "--gradient_accumulation_steps 1 -> 2: exact but for rounding" in capsys.readouterr().out
     assert (tmp_path / "other" / "pytorch_model.bin").read_bytes() == (out / "pytorch_model.bin").read_bytes()
 
@@ -205,21 +263,22 @@ def test_auto_starts_afresh_without_a_checkpoint(whole, tmp_path):
     assert main([*flags, "--select_on", "last"]) == 0
     found = json.loads((tmp_path / "new" / "results.json").read_text())
     assert found["protocol"]["selected_on"] == "last"
-    ours, theirs = (torch.load(tmp_path / "new" / name, weights_only=True) for name in
-                    ("pytorch_model.bin", "checkpoint_last.pt"))  # fmt: skip
+    ours, theirs = (
+        torch.load(tmp_path / "new" / name, weights_only=True) for name in ("pytorch_model.bin", "checkpoint_last.pt")
+    )
     assert all(torch.equal(ours[name], theirs["model"][name]) for name in ours)
     assert "a fresh start" in (tmp_path / "new" / "log.txt").read_text()
 
 
 def test_a_loss_that_is_not_finite_names_its_clips(whole, tmp_path, capsys, monkeypatch):
-    original, seen = modules.trainer.Trainer.backward, []
+    original, seen = engine.step.Trainer.backward, []
 
     def backward(trainer, batch):
         seen.append(batch.video_ids)
         loss = original(trainer, batch)
         return loss * float("nan") if len(seen) == 3 else loss
 
-    monkeypatch.setattr(modules.trainer.Trainer, "backward", backward)
+    monkeypatch.setattr(engine.step.Trainer, "backward", backward)
     out = tmp_path / "out"
     assert main([*flags_to(whole[0], out), "--save_steps", "1"]) == 1
     assert "epoch 1 step 3: the loss is nan. The weights were not updated and" in capsys.readouterr().err

@@ -7,9 +7,19 @@ import pytest
 from preprocess.make_sample_data import main
 
 ONE = [
-    "--datatype", "msrvtt", "--n_train", "1", "--n_test", "1", "--min_seconds", "0.5", "--max_seconds", "0.5",
-    "--resolution", "32",
-]  # fmt: skip
+    "--datatype",
+    "msrvtt",
+    "--n_train",
+    "1",
+    "--n_test",
+    "1",
+    "--min_seconds",
+    "0.5",
+    "--max_seconds",
+    "0.5",
+    "--resolution",
+    "32",
+]
 ONE += ["--num_workers", "0", "--clip_vision_layers", "1", "--clip_text_layers", "1"]
 
 

@@ -20,13 +20,33 @@ from preprocess.sample.render import film_frames
 from preprocess.sample.scenes import Scene, Thing, backwards, draw_scene, order_pairs
 
 SMALL = [
-    "--datatype", "all", "--seed", "5", "--n_train", "13", "--n_val", "4", "--n_test", "12", "--order_pairs",
-    "3", "--resolution", "32",
-]  # fmt: skip
+    "--datatype",
+    "all",
+    "--seed",
+    "5",
+    "--n_train",
+    "13",
+    "--n_val",
+    "4",
+    "--n_test",
+    "12",
+    "--order_pairs",
+    "3",
+    "--resolution",
+    "32",
+]
 SMALL += [
-    "--min_seconds", "0.5", "--max_seconds", "1", "--clip_vision_width", "64", "--clip_text_width", "64",
-    "--clip_text_layers", "2",
-]  # fmt: skip
+    "--min_seconds",
+    "0.5",
+    "--max_seconds",
+    "1",
+    "--clip_vision_width",
+    "64",
+    "--clip_text_width",
+    "64",
+    "--clip_text_layers",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +76,22 @@ PLACE = re.compile(r"(?:on the (left|right)\b|(?:at|near) the (top|bottom)\b|in 
 RECOLOR = re.compile(rf"(?:turns|becomes|changes color to) ({COLORS})")
 ACTIONS = {
     "still": "stays still|does not move|rests|stands still",
-    "up-left": "diagonally (?:up and left|to the upper left)", "up-right": "diagonally (?:up and|to the upper) right",
+    "up-left": "diagonally (?:up and left|to the upper left)",
+    "up-right": "diagonally (?:up and|to the upper) right",
     "down-left": "diagonally (?:down and|to the lower) left",
     "down-right": "diagonally (?:down and|to the lower) right",
-    "counterclockwise": r"\bcounterclockwise", "clockwise": r"\bclockwise",
+    "counterclockwise": r"\bcounterclockwise",
+    "clockwise": r"\bclockwise",
     "left": "moves to the left|slides left|right to left|leftwards",
     "right": "moves to the right|slides right|left to right|rightwards",
-    "up": "moves up|rises|bottom to top", "down": "moves down|sinks|top to bottom",
-    "grow": r"\bgrows|bigger|expands|larger", "shrink": "shrinks|smaller|contracts", "recolor": RECOLOR.pattern,
-    "appear": r"\bappears|pops up|comes into view", "vanish": "disappears|vanishes|goes away",
-}  # fmt: skip
+    "up": "moves up|rises|bottom to top",
+    "down": "moves down|sinks|top to bottom",
+    "grow": r"\bgrows|bigger|expands|larger",
+    "shrink": "shrinks|smaller|contracts",
+    "recolor": RECOLOR.pattern,
+    "appear": r"\bappears|pops up|comes into view",
+    "vanish": "disappears|vanishes|goes away",
+}
 # The first that matches: what comes earlier, lies further left or higher, by its place among the nouns.
 RELATIONS = (
     ("shows up after|comes after", ("before", 1, 0)),
@@ -157,15 +183,19 @@ def assert_true_of_one_clip(queries, scenes):
     [
         ("a small violet disc moves from right to left", "", [("circle", "purple", "small", "", "left", "")], None),
         (
-            "above a red box near the top there is a blue hoop on a grey backdrop", "gray",
-            [("square", "red", "", "top", "", ""), ("ring", "blue", "", "", "", "")], ("height", 1, 0),
+            "above a red box near the top there is a blue hoop on a grey backdrop",
+            "gray",
+            [("square", "red", "", "top", "", ""), ("ring", "blue", "", "", "", "")],
+            ("height", 1, 0),
         ),
         (
-            "a red star comes after an orange cross", "",
-            [("star", "red", "", "", "", ""), ("cross", "orange", "", "", "", "")], ("before", 1, 0),
+            "a red star comes after an orange cross",
+            "",
+            [("star", "red", "", "", "", ""), ("cross", "orange", "", "", "", "")],
+            ("before", 1, 0),
         ),
     ],
-)  # fmt: skip
+)
 def test_the_reader_of_this_test(text, background, things, relation):
     assert read_caption(text) == (background, things, relation)
 
@@ -423,16 +453,30 @@ def test_same_options_same_bytes_whatever_the_workers(root, tmp_path):
 
 def test_tiny_clip_loads_with_openai_keys(root):
     state = torch.load(root / "clip/tiny_clip.pt", weights_only=True)
-    assert {name: tuple(state[name].shape) for name in (
-        "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight",
-        "positional_embedding", "text_projection", "logit_scale", "visual.transformer.resblocks.3.mlp.c_fc.weight",
-        "transformer.resblocks.1.attn.in_proj_weight",
-    )} == {
-        "visual.conv1.weight": (64, 3, 16, 16), "visual.positional_embedding": (17, 64), "visual.proj": (64, 128),
-        "token_embedding.weight": (49408, 64), "positional_embedding": (77, 64), "text_projection": (64, 128),
-        "logit_scale": (), "visual.transformer.resblocks.3.mlp.c_fc.weight": (256, 64),
+    assert {
+        name: tuple(state[name].shape)
+        for name in (
+            "visual.conv1.weight",
+            "visual.positional_embedding",
+            "visual.proj",
+            "token_embedding.weight",
+            "positional_embedding",
+            "text_projection",
+            "logit_scale",
+            "visual.transformer.resblocks.3.mlp.c_fc.weight",
+            "transformer.resblocks.1.attn.in_proj_weight",
+        )
+    } == {
+        "visual.conv1.weight": (64, 3, 16, 16),
+        "visual.positional_embedding": (17, 64),
+        "visual.proj": (64, 128),
+        "token_embedding.weight": (49408, 64),
+        "positional_embedding": (77, 64),
+        "text_projection": (64, 128),
+        "logit_scale": (),
+        "visual.transformer.resblocks.3.mlp.c_fc.weight": (256, 64),
         "transformer.resblocks.1.attn.in_proj_weight": (192, 64),
-    }  # fmt: skip
+    }
     # 4 + 2 blocks of 12 tensors, 3 LayerNorms of 2, 8 further weights, 3 integers.
     assert len(state) == 6 * 12 + 3 * 2 + 8 + 3
     assert [int(state[name]) for name in ("input_resolution", "context_length", "vocab_size")] == [64, 77, 49408]

@@ -13,14 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.checkpoints import ClipSizes
-from modules.clip import CLIP
-from modules.video_clip import VideoCLIP, VideoClipSizes
+from checkpoints.read import ClipSizes
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from tools.run_all import main as run_all
 
 ROOT = Path(__file__).parent.parent
-DATATYPE = {"msrvtt": "msrvtt", "msvd": "msvd", "lsmdc": "lsmdc", "activitynet": "activity", "didemo": "didemo",
-            "vatex": "vatex"}  # fmt: skip
+DATATYPE = {
+    "msrvtt": "msrvtt",
+    "msvd": "msvd",
+    "lsmdc": "lsmdc",
+    "activitynet": "activity",
+    "didemo": "didemo",
+    "vatex": "vatex",
+}
 KINDS = {  # pattern of the path -> whether it trains, whether it has InternVideo's tower
     "zeroshot_scripts/eval_{}.sh": (False, True),
     "finetune_scripts/train_{}.sh": (True, True),
@@ -29,13 +35,49 @@ KINDS = {  # pattern of the path -> whether it trains, whether it has InternVide
 }
 SCRIPTS = {kind.format(name): (name, *KINDS[kind]) for kind in KINDS for name in DATATYPE}
 TWO_PROCESSES = ("zeroshot_scripts/eval_msvd.sh", "finetune_scripts/train_didemo.sh", "finetune_scripts/ret_msrvtt.sh")
-TINY = ["--max_frames", "2", "--batch_size", "24", "--epochs", "1", "--batch_size_val", "16", "--num_thread_reader",
-        "0", "--device", "cpu"]  # fmt: skip
-SIZES = {"embed_dim": 64, "image_resolution": 32, "vision_layers": 2, "vision_width": 64, "patch_size": 16,
-         "context_length": 77, "vocab_size": 49408, "text_width": 64, "text_heads": 1, "text_layers": 1,
-         "vision_heads": 1}  # fmt: skip
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "DATA_PATH",
-             "VIDEO_PATH", "WEIGHTS", "CLIP", "OUTPUT", "NPROC", "NNODES", "NODE_RANK")  # fmt: skip
+TINY = [
+    "--max_frames",
+    "2",
+    "--batch_size",
+    "24",
+    "--epochs",
+    "1",
+    "--batch_size_val",
+    "16",
+    "--num_thread_reader",
+    "0",
+    "--device",
+    "cpu",
+]
+SIZES = {
+    "embed_dim": 64,
+    "image_resolution": 32,
+    "vision_layers": 2,
+    "vision_width": 64,
+    "patch_size": 16,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "text_width": 64,
+    "text_heads": 1,
+    "text_layers": 1,
+    "vision_heads": 1,
+}
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "DATA_PATH",
+    "VIDEO_PATH",
+    "WEIGHTS",
+    "CLIP",
+    "OUTPUT",
+    "NPROC",
+    "NNODES",
+    "NODE_RANK",
+)
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -45,8 +87,14 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def script(path: str, *flags: str, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(ROOT / path), *flags], cwd=cwd, env=environment(**variables), text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    return subprocess.run(
+        ["bash", str(ROOT / path), *flags],
+        cwd=cwd,
+        env=environment(**variables),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def place(sample: Path, weights: Path, path: str, out: Path) -> dict[str, Path]:
@@ -54,8 +102,13 @@ def place(sample: Path, weights: Path, path: str, out: Path) -> dict[str, Path]:
     name, _, video_tower = SCRIPTS[path]
     data = sample / DATATYPE[name]
     videos = data / "videos" / ("all" if name == "msrvtt" else "")
-    return {"DATA_PATH": data, "VIDEO_PATH": videos, "CLIP": weights / "clip.bin", "OUTPUT": out,
-            "WEIGHTS": weights / ("video tower.bin" if video_tower else "clip.bin")}  # fmt: skip
+    return {
+        "DATA_PATH": data,
+        "VIDEO_PATH": videos,
+        "CLIP": weights / "clip.bin",
+        "OUTPUT": out,
+        "WEIGHTS": weights / ("video tower.bin" if video_tower else "clip.bin"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +183,15 @@ def test_help_says_what_runs(path):
         assert f"\n  {name} " in done.stdout
 
 
-@pytest.mark.parametrize(("variable", "message"), [
-    ("DATA_PATH", "set DATA_PATH to the folder of didemo's annotation files"),
-    ("VIDEO_PATH", "set VIDEO_PATH to the folder of didemo's video files"),
-    ("WEIGHTS", "set WEIGHTS to InternVideo's pre-trained checkpoint"),
-    ("CLIP", "set CLIP to ViT-L/14 or the file of a CLIP"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("DATA_PATH", "set DATA_PATH to the folder of didemo's annotation files"),
+        ("VIDEO_PATH", "set VIDEO_PATH to the folder of didemo's video files"),
+        ("WEIGHTS", "set WEIGHTS to InternVideo's pre-trained checkpoint"),
+        ("CLIP", "set CLIP to ViT-L/14 or the file of a CLIP"),
+    ],
+)
 def test_what_is_missing_is_named_at_once(variable, message, sample_all, weights, tmp_path):
     path = "zeroshot_scripts/eval_didemo.sh"
     variables = place(sample_all, weights, path, tmp_path / "out") | {variable: tmp_path / "no such"}
@@ -148,23 +204,33 @@ def test_what_is_missing_is_named_at_once(variable, message, sample_all, weights
 
 def test_without_variables_the_repository_s_own_folders_are_named():
     done = script("eval_finetuned_scripts/eval_finetuned_activitynet.sh", "--help")
-    for place in ("data/activity", "data/activity/videos", "runs/train_activitynet/pytorch_model.bin",
-                  "runs/eval_finetuned_activitynet"):  # fmt: skip
+    for place in (
+        "data/activity",
+        "data/activity/videos",
+        "runs/train_activitynet/pytorch_model.bin",
+        "runs/eval_finetuned_activitynet",
+    ):
         assert f"{ROOT}/{place}\n" in done.stdout
 
 
-@pytest.mark.parametrize(("variables", "start"), [
-    ({"NPROC": 1}, "PYTHON "),
-    ({"NPROC": 4}, "PYTHON -m torch.distributed.run --standalone --nproc_per_node 4 "),
-    ({"CUDA_VISIBLE_DEVICES": "2,5,6"}, "PYTHON -m torch.distributed.run --standalone --nproc_per_node 3 "),
-    ({"CUDA_VISIBLE_DEVICES": ""}, "PYTHON "),
-    ({"CUDA_VISIBLE_DEVICES": "-1"}, "PYTHON "),
-    ({"NPROC": 8, "NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 5},
-     "PYTHON -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr a --master_port 5 "),
-    ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8}, "srun PYTHON "),
-    ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 1, "NPROC": 2}, "PYTHON -m torch.distributed.run --standalone "),
-    ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 8}, "PYTHON "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "start"),
+    [
+        ({"NPROC": 1}, "PYTHON "),
+        ({"NPROC": 4}, "PYTHON -m torch.distributed.run --standalone --nproc_per_node 4 "),
+        ({"CUDA_VISIBLE_DEVICES": "2,5,6"}, "PYTHON -m torch.distributed.run --standalone --nproc_per_node 3 "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "PYTHON "),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "PYTHON "),
+        (
+            {"NPROC": 8, "NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 5},
+            "PYTHON -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr a "
+            "--master_port 5 ",
+        ),
+        ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8}, "srun PYTHON "),
+        ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 1, "NPROC": 2}, "PYTHON -m torch.distributed.run --standalone "),
+        ({"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 8}, "PYTHON "),
+    ],
+)
 def test_the_launcher_fits_the_place(variables, start):
     last = script("finetune_scripts/ret_msvd.sh", "--help", **variables).stdout.strip().splitlines()[-1].strip()
     launcher, _ = last.split(str(ROOT / "main_task_retrieval.py"))
@@ -194,14 +260,23 @@ def test_commands_of_the_readme(sample_all, weights, tmp_path):
     text = "".join(path.read_text() for path in sorted(ROOT.glob("README*.md")))
     blocks = [b for b in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "OUTPUT=" in b]
     (tmp_path / "weights").mkdir()
-    for link, target in {"data": sample_all, "zeroshot_scripts": ROOT / "zeroshot_scripts",
-                         "weights/InternVideo-MM-L-14.ckpt": weights / "video tower.bin"}.items():  # fmt: skip
+    for link, target in {
+        "data": sample_all,
+        "zeroshot_scripts": ROOT / "zeroshot_scripts",
+        "weights/InternVideo-MM-L-14.ckpt": weights / "video tower.bin",
+    }.items():
         (tmp_path / link).symlink_to(target)
     assert len(blocks) == 2
     for block in blocks:
         block = block.replace(".venv/bin/python", shlex.quote(sys.executable))
-        done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                              env=environment(CLIP=weights / "clip.bin", NPROC=1, PYTHONPATH=ROOT))  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-ec", block],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=300,
+            env=environment(CLIP=weights / "clip.bin", NPROC=1, PYTHONPATH=ROOT),
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     for end in ("dry run: nothing is wrong so far; the weights have not been read", "the same metrics"):
         assert f"{end}\n" in done.stdout
@@ -214,8 +289,15 @@ def test_all_datasets_in_one_call(sample_all, weights, tmp_path, monkeypatch, ca
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CLIP", str(weights / "clip.bin"))
-    call = ["--weights", str(weights / "video tower.bin"), "--data_root", str(tmp_path / "data"), "--output_root",
-            str(tmp_path / "out"), *TINY]  # fmt: skip
+    call = [
+        "--weights",
+        str(weights / "video tower.bin"),
+        "--data_root",
+        str(tmp_path / "data"),
+        "--output_root",
+        str(tmp_path / "out"),
+        *TINY,
+    ]
     for again in (False, True):
         assert run_all(call) == 1
         said = capfd.readouterr()

@@ -18,8 +18,16 @@ DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")
 def annotation_flags(root: Path, datatype: str) -> list[str]:
     data = root / datatype
     if datatype == "msrvtt":
-        return ["--datatype", "msrvtt", "--data_path", f"{data}/MSRVTT_data.json", "--train_csv",
-                f"{data}/MSRVTT_train.9k.csv", "--val_csv", f"{data}/MSRVTT_JSFUSION_test.csv"]  # fmt: skip
+        return [
+            "--datatype",
+            "msrvtt",
+            "--data_path",
+            f"{data}/MSRVTT_data.json",
+            "--train_csv",
+            f"{data}/MSRVTT_train.9k.csv",
+            "--val_csv",
+            f"{data}/MSRVTT_JSFUSION_test.csv",
+        ]
     return ["--datatype", datatype, "--data_path", str(data)]
 
 
@@ -29,10 +37,22 @@ def video_folder(root: Path, datatype: str) -> Path:
 
 def run_flags(root: Path, datatype: str, out: Path, videos: Path | None = None) -> list[str]:
     return [
-        *annotation_flags(root, datatype), "--features_path", str(videos or video_folder(root, datatype)),
-        "--output_dir", str(out), "--pretrained_clip_name", str(root / "clip" / "tiny_clip.pt"), "--max_frames", "3",
-        "--num_thread_reader", "0", "--device", "cpu", "--max_words", "77",
-    ]  # fmt: skip
+        *annotation_flags(root, datatype),
+        "--features_path",
+        str(videos or video_folder(root, datatype)),
+        "--output_dir",
+        str(out),
+        "--pretrained_clip_name",
+        str(root / "clip" / "tiny_clip.pt"),
+        "--max_frames",
+        "3",
+        "--num_thread_reader",
+        "0",
+        "--device",
+        "cpu",
+        "--max_words",
+        "77",
+    ]
 
 
 def mirrored(source: Path, target: Path) -> dict[str, Path]:
@@ -47,8 +67,9 @@ def mirrored(source: Path, target: Path) -> dict[str, Path]:
 
 def test_videos(root: Path, datatype: str) -> list[Path]:
     data = root / datatype
-    files = AnnotationFiles(data_path=data / "MSRVTT_data.json" if datatype == "msrvtt" else data,
-                            val_csv=data / "MSRVTT_JSFUSION_test.csv")  # fmt: skip
+    files = AnnotationFiles(
+        data_path=data / "MSRVTT_data.json" if datatype == "msrvtt" else data, val_csv=data / "MSRVTT_JSFUSION_test.csv"
+    )
     return [video.path for video in load_split(datatype, "test", files, video_folder(root, datatype)).videos]
 
 

@@ -17,9 +17,33 @@ OPEN_CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
 captions = st.one_of(
     st.text(max_size=60),
     st.text(alphabet=string.printable + "&;#<>'’éßİſK½Ⅷ中한ع👍🏽\u200d\u0301\ufeff\u00ad\x1b\x85\u2028", max_size=60),
-    st.lists(st.sampled_from(["a man", "'S", "&amp;", "&amp;lt;", "&#x41;", "Ã©", "â€™", "\x1b[0m", " ", "12", "don't",
-                              "&lt", "&nbsp;", "ﬁ", "‘", "\r\n", "|>", "<|", "_"]), max_size=12).map("".join),
-)  # fmt: skip
+    st.lists(
+        st.sampled_from(
+            [
+                "a man",
+                "'S",
+                "&amp;",
+                "&amp;lt;",
+                "&#x41;",
+                "Ã©",
+                "â€™",
+                "\x1b[0m",
+                " ",
+                "12",
+                "don't",
+                "&lt",
+                "&nbsp;",
+                "ﬁ",
+                "‘",
+                "\r\n",
+                "|>",
+                "<|",
+                "_",
+            ]
+        ),
+        max_size=12,
+    ).map("".join),
+)
 
 
 @settings(max_examples=1500, deadline=None)

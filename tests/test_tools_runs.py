@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.provenance import git_revision
 from main_task_retrieval import main
-from modules.provenance import git_revision
 from tools.rerun import main as rerun
 from tools.results import main as gather
 
@@ -22,8 +22,15 @@ def metrics(recall: float) -> dict:
 
 def finished(folder: Path, recall: float, **options) -> str:
     folder.mkdir(parents=True)
-    found = {"dataset": "msvd", "split": "test", "n_videos": 670, "n_captions": 27763, "missing_videos": [],
-             "metrics": metrics(recall), "options": {"sim_header": "meanP", "output_dir": str(folder)} | options}
+    found = {
+        "dataset": "msvd",
+        "split": "test",
+        "n_videos": 670,
+        "n_captions": 27763,
+        "missing_videos": [],
+        "metrics": metrics(recall),
+        "options": {"sim_header": "meanP", "output_dir": str(folder)} | options,
+    }
     (folder / "results.json").write_text(json.dumps(found))
     return str(folder)
 
@@ -35,7 +42,9 @@ def test_seeds_share_a_row_and_other_runs_do_not(tmp_path, capsys):
     assert gather([*runs, "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(r["run"], r["head"], r["runs"], r["t2v R@1"]) for r in rows if r["post-processing"] == "raw"] == [
-        ("seed_0", "meanP", "3", "42.0 ± 2.0"), ("ti", "meanP ti", "1", "30.0")]  # fmt: skip
+        ("seed_0", "meanP", "3", "42.0 ± 2.0"),
+        ("ti", "meanP ti", "1", "30.0"),
+    ]
     assert [r["post-processing"] for r in rows[:3]] == ["raw", "dsl (transductive)", "qb_norm"]
     assert [r["v2t R@1"] for r in rows] == ["42.0 ± 2.0", "42.0 ± 2.0", "", "30.0", "30.0", ""]
 
@@ -79,15 +88,25 @@ def trained(msrvtt_flags, tmp_path) -> Path:
 
 def test_a_run_says_what_it_takes_to_repeat_it_and_is_repeated(trained, msrvtt_flags, sample, tmp_path, capfd):
     found = json.loads(trained.read_text())
-    assert found["command"] == ["main_task_retrieval.py", "--do_train", "--epochs", "1", "--batch_size", "24", "--seed",
-                                "7", *msrvtt_flags]  # fmt: skip
+    assert found["command"] == [
+        "main_task_retrieval.py",
+        "--do_train",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "24",
+        "--seed",
+        "7",
+        *msrvtt_flags,
+    ]
     assert (found["folder"], found["device"], found["processes"]) == (str(Path.cwd()), "cpu", 1)
     assert found["run_seconds"] >= found["seconds"] > 0
     for kind, paths in {
-        "annotations": [sample / "msrvtt" / name for name in
-                        ("MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")],
+        "annotations": [
+            sample / "msrvtt" / name for name in ("MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
+        ],
         "weights": [sample / "clip" / "tiny_clip.pt", tmp_path / "out" / "pytorch_model.bin"],
-    }.items():  # fmt: skip
+    }.items():
         assert found["sha256"][kind] == {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
     assert rerun([str(trained)]) == 0
     assert capfd.readouterr().out.endswith("the same metrics\n")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from dataloaders.transforms import FrameTransform
+from dataloaders.video.transforms import FrameTransform
 from tests.video_files import picture
 
 

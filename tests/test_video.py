@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import video
-from dataloaders.decode_plan import plan_runs
-from dataloaders.frames import FrameSampling
-from dataloaders.video import VideoReadError, decode_frames, probe_video, read_frames
+from dataloaders.video import decode as video
+from dataloaders.video.decode import VideoReadError, decode_frames, probe_video, read_frames
+from dataloaders.video.frames import FrameSampling
+from dataloaders.video.plan import plan_runs
 from tests.video_files import (
     copy_stream,
     cut_bytes,

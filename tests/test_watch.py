@@ -10,10 +10,10 @@ import types
 import pytest
 import torch
 
+from engine import watch
+from engine.progress import log
+from engine.watch import EpochWatch, Scalars, duration, open_tensorboard, peak_memory_mb
 from main_task_retrieval import main
-from modules import watch
-from modules.progress import log
-from modules.watch import EpochWatch, Scalars, duration, open_tensorboard, peak_memory_mb
 
 
 @pytest.fixture
@@ -56,8 +56,10 @@ def test_speed_share_and_time_left(monkeypatch, lines):
     assert watched.clips_per_second == 8 / 4
     assert watched.data_wait == 0.25
     assert watched.time_left == 400
-    assert lines[-1] == ("epoch 1 step 21/21  loss 1.5000  gradient norm 2.00  lr 1.00e-04, 1.00e-07  "
-                         "2.0 clips/s, 25% waiting for data, 0:06:40 left")  # fmt: skip
+    assert lines[-1] == (
+        "epoch 1 step 21/21  loss 1.5000  gradient norm 2.00  lr 1.00e-04, 1.00e-07  "
+        "2.0 clips/s, 25% waiting for data, 0:06:40 left"
+    )
     assert [line.split("  ")[0] for line in lines] == [f"epoch 1 step {n}/21" for n in (10, 20, 21)]
 
 

@@ -2,15 +2,26 @@
 
 import torch
 
-from modules.checkpoints import ClipSizes
-from modules.clip import CLIP
+from checkpoints.read import ClipSizes
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from modules.heads import HEADS, build_head
 from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
-from modules.video_clip import VideoCLIP, VideoClipSizes
 
-SIZES = ClipSizes(embed_dim=64, image_resolution=16, vision_layers=2, vision_width=64, patch_size=8, context_length=16,
-                  vocab_size=64, text_width=64, text_heads=1, text_layers=2, vision_heads=1)  # fmt: skip
+SIZES = ClipSizes(
+    embed_dim=64,
+    image_resolution=16,
+    vision_layers=2,
+    vision_width=64,
+    patch_size=8,
+    context_length=16,
+    vocab_size=64,
+    text_width=64,
+    text_heads=1,
+    text_layers=2,
+    vision_heads=1,
+)
 TEMPORAL = ("meanP", "seqLSTM", "seqTransf")
 # sim_header, interaction, tower
 CASES = (
@@ -23,13 +34,17 @@ CASES = (
 LENGTHS, FRAMES = (5, 9, 3, 7), (3, 1, 4, 2)
 
 
-def tiny_model(sim_header: str, interaction: str = "no", tower: str = "2d", noise: float = 0.02,
-               **options) -> VideoTextModel:  # fmt: skip
+def tiny_model(
+    sim_header: str, interaction: str = "no", tower: str = "2d", noise: float = 0.02, **options
+) -> VideoTextModel:
     """In evaluation mode. Every parameter is random, those that start at zero too: else much would have no effect."""
     torch.manual_seed(0)
     evl = tower == "evl"
-    clip = VideoCLIP(VideoClipSizes(**vars(SIZES), read_after=(0, 1)), "quick_gelu") if evl else CLIP(
-        SIZES, "quick_gelu", temporal_patch=tower == "3d")  # fmt: skip
+    clip = (
+        VideoCLIP(VideoClipSizes(**vars(SIZES), read_after=(0, 1)), "quick_gelu")
+        if evl
+        else CLIP(SIZES, "quick_gelu", temporal_patch=tower == "3d")
+    )
     settings = HeadOptions(num_layers=2, interaction=interaction, projected_tokens=not evl, **options)
     model = VideoTextModel(clip, build_head(sim_header, SIZES, settings)).eval()
     with torch.no_grad():

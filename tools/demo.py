@@ -40,11 +40,27 @@ def run(title: str, command: Sequence[str]) -> None:
 def retrieval_flags(data: Path, seed: int) -> list[str]:
     """The flags that all three runs share: where the data are, and how clips become frames."""
     return [
-        "--datatype", "msrvtt", "--data_path", f"{data}/msrvtt/MSRVTT_data.json",
-        "--train_csv", f"{data}/msrvtt/MSRVTT_train.9k.csv", "--val_csv", f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv",
-        "--features_path", f"{data}/msrvtt/videos/all", "--max_frames", "4", "--max_words", "32", "--seed", str(seed),
-        "--batch_size_val", "32", "--device", "cpu",
-    ]  # fmt: skip
+        "--datatype",
+        "msrvtt",
+        "--data_path",
+        f"{data}/msrvtt/MSRVTT_data.json",
+        "--train_csv",
+        f"{data}/msrvtt/MSRVTT_train.9k.csv",
+        "--val_csv",
+        f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv",
+        "--features_path",
+        f"{data}/msrvtt/videos/all",
+        "--max_frames",
+        "4",
+        "--max_words",
+        "32",
+        "--seed",
+        str(seed),
+        "--batch_size_val",
+        "32",
+        "--device",
+        "cpu",
+    ]
 
 
 def show_table(folder: Path, chance: float) -> dict[str, dict]:
@@ -53,8 +69,11 @@ def show_table(folder: Path, chance: float) -> dict[str, dict]:
     heads = "".join(f"{c:>7}" for c in columns)
     print(f"\n{'':<34}{'text-to-video':^35}   {'video-to-text':^35}\n{'':<34}{heads}   {heads}")
     found = {}
-    for name, title in (("zero_shot", "zero-shot, untrained CLIP"), ("fine_tune", "fine-tuned, meanP"),
-                        ("evaluate", "its checkpoint, evaluated again")):  # fmt: skip
+    for name, title in (
+        ("zero_shot", "zero-shot, untrained CLIP"),
+        ("fine_tune", "fine-tuned, meanP"),
+        ("evaluate", "its checkpoint, evaluated again"),
+    ):
         metrics = json.loads((folder / name / "results.json").read_text())["metrics"]
         found[name] = metrics
         both = [[metrics["raw"][d][c] for c in columns] for d in ("t2v", "v2t")]
@@ -69,21 +88,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, train = out / "data", out / "fine_tune"
     for name in ("zero_shot", "fine_tune", "evaluate"):
         shutil.rmtree(out / name, ignore_errors=True)
-    run("sample data: clips of moving shapes, captions, a small untrained CLIP", [
-        "-m", "preprocess.make_sample_data", "--output_dir", str(data), "--datatype", "msrvtt",
-        "--seed", str(args.seed), "--n_train", str(args.n_train), "--n_test", str(args.n_test),
-    ])  # fmt: skip
+    run(
+        "sample data: clips of moving shapes, captions, a small untrained CLIP",
+        [
+            "-m",
+            "preprocess.make_sample_data",
+            "--output_dir",
+            str(data),
+            "--datatype",
+            "msrvtt",
+            "--seed",
+            str(args.seed),
+            "--n_train",
+            str(args.n_train),
+            "--n_test",
+            str(args.n_test),
+        ],
+    )
     shared = retrieval_flags(data, args.seed)
     weights = ["--pretrained_clip_name", f"{data}/clip/tiny_clip.pt"]
     run("zero-shot", ["main_task_retrieval.py", "--do_eval", *weights, "--output_dir", str(out / "zero_shot"), *shared])
-    run("fine-tuning", [
-        "main_task_retrieval.py", "--do_train", *weights, "--output_dir", str(train), "--epochs", str(args.epochs),
-        "--batch_size", "64", "--lr", "1e-3", "--coef_lr", "1", "--freeze_layer_num", "-1", *shared,
-    ])  # fmt: skip
-    run("the saved checkpoint, evaluated again", [
-        "main_task_retrieval.py", "--do_eval", "--finetuned_path", str(train / "pytorch_model.bin"),
-        "--output_dir", str(out / "evaluate"), *shared,
-    ])  # fmt: skip
+    run(
+        "fine-tuning",
+        [
+            "main_task_retrieval.py",
+            "--do_train",
+            *weights,
+            "--output_dir",
+            str(train),
+            "--epochs",
+            str(args.epochs),
+            "--batch_size",
+            "64",
+            "--lr",
+            "1e-3",
+            "--coef_lr",
+            "1",
+            "--freeze_layer_num",
+            "-1",
+            *shared,
+        ],
+    )
+    run(
+        "the saved checkpoint, evaluated again",
+        [
+            "main_task_retrieval.py",
+            "--do_eval",
+            "--finetuned_path",
+            str(train / "pytorch_model.bin"),
+            "--output_dir",
+            str(out / "evaluate"),
+            *shared,
+        ],
+    )
     found = show_table(args.output_dir, 100 / args.n_test)
     if found["fine_tune"] != found["evaluate"]:
         print("tools.demo: the saved checkpoint does not evaluate to the same numbers", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from modules.options import GROUPS
+from engine.options import GROUPS
 
 HEAD = """# Flags of main_task_retrieval.py
 

@@ -23,9 +23,13 @@ def metrics_of_file(path: Path) -> Metrics:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         return retrieval_metrics(
-            arrays["similarity"], arrays["caption_to_video"], bool(arrays.get("same_dsl_axis", False)),
-            arrays.get("bank_similarity"), float(arrays.get("logit_scale", 1.0)), arrays["captions"].tolist(),
-        )  # fmt: skip
+            arrays["similarity"],
+            arrays["caption_to_video"],
+            bool(arrays.get("same_dsl_axis", False)),
+            arrays.get("bank_similarity"),
+            float(arrays.get("logit_scale", 1.0)),
+            arrays["captions"].tolist(),
+        )
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a similarity.npz of --save_similarity: {error}") from error
 

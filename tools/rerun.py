@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.provenance import git_revision, sha256_of
+from engine.provenance import git_revision, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,9 +51,11 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Every metric that is not the same, as a line."""
     return [
         f"{kind} {direction} {name}: {value} before, {after.get(kind, {}).get(direction, {}).get(name)} now"
-        for kind, both in before.items() for direction, row in both.items() for name, value in row.items()
+        for kind, both in before.items()
+        for direction, row in both.items()
+        for name, value in row.items()
         if after.get(kind, {}).get(direction, {}).get(name) != value
-    ]  # fmt: skip
+    ]
 
 
 def build_parser() -> argparse.ArgumentParser:

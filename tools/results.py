@@ -68,9 +68,11 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
             what = [first["name"], first["dataset"], first["split"], *counts, tower, head, label, len(group)]
             numbers = [
                 cell([run["metrics"][kind][direction][name] for run in group])
-                if direction in first["metrics"][kind] else ""
-                for direction in ("t2v", "v2t") for name in COLUMNS
-            ]  # fmt: skip
+                if direction in first["metrics"][kind]
+                else ""
+                for direction in ("t2v", "v2t")
+                for name in COLUMNS
+            ]
             rows.append([*map(str, what), *numbers])
     return rows
 
@@ -89,13 +91,34 @@ def as_csv(rows: list[list[str]]) -> str:
 
 def as_latex(rows: list[list[str]]) -> str:
     """A tabular for the booktabs package."""
-    special = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-                             "\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}",
-                             "^": r"\textasciicircum{}"})  # fmt: skip
+    special = str.maketrans(
+        {
+            "&": r"\&",
+            "%": r"\%",
+            "_": r"\_",
+            "#": r"\#",
+            "$": r"\$",
+            "{": r"\{",
+            "}": r"\}",
+            "\\": r"\textbackslash{}",
+            "±": r"$\pm$",
+            "~": r"\textasciitilde{}",
+            "^": r"\textasciicircum{}",
+        }
+    )
     lines = [" & ".join(text.translate(special) for text in row) + r" \\" for row in rows]
     columns = "l" * len(HEAD) + "r" * (len(rows[0]) - len(HEAD))
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
-                      r"\bottomrule", r"\end{tabular}"])  # fmt: skip
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
 FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}

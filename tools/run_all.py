@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modules.options import DATATYPES
+from engine.options import DATATYPES
 from tools.results import as_markdown, read_run, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,9 @@ def evaluate(datatype: str, data: Path, out: Path, weights: Path, flags: Sequenc
     script = ROOT / "zeroshot_scripts" / f"eval_{'activitynet' if datatype == 'activity' else datatype}.sh"
     places = {"DATA_PATH": str(data), "OUTPUT": str(out), "WEIGHTS": str(weights)}
     environment = {k: v for k, v in os.environ.items() if k != "VIDEO_PATH"}  # each dataset has videos of its own
-    return subprocess.run(["bash", str(script), *flags],
-                          env={"PYTHON": sys.executable} | environment | places).returncode  # fmt: skip
+    return subprocess.run(
+        ["bash", str(script), *flags], env={"PYTHON": sys.executable} | environment | places
+    ).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

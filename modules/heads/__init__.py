@@ -7,7 +7,7 @@ Importing this package imports every file in it, so a new file needs no other ch
 import importlib
 import pkgutil
 
-from modules.checkpoints import ClipSizes
+from checkpoints.read import ClipSizes
 from modules.heads.base import HEADS, Head, HeadOptions, register
 
 for _module in pkgutil.iter_modules(__path__):

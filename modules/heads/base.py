@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.cdcr import batch_cdcr
-from modules.checkpoints import ClipSizes
+from checkpoints.read import ClipSizes
+from modules.losses.cdcr import batch_cdcr
 from modules.representation import Representation
 
 

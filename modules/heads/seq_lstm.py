@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints import ClipSizes
+from checkpoints.read import ClipSizes
 from modules.heads.base import Head, HeadOptions, register
 
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from modules.checkpoints import ClipSizes
-from modules.clip import Transformer
+from checkpoints.read import ClipSizes
+from modules.encoders.clip import Transformer
 from modules.heads.base import Head, HeadOptions, first_text_layers, register
 
 

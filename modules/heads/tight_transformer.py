@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.checkpoint_activation import HEAD_WIDTH
-from modules.checkpoints import ClipSizes
-from modules.clip import QuickGELU, Transformer
+from checkpoints.activation import HEAD_WIDTH
+from checkpoints.read import ClipSizes
+from modules.encoders.clip import QuickGELU, Transformer
 from modules.heads.base import Head, HeadOptions, first_text_layers, register
 
 EPS = 1e-12  # of all LayerNorms of CLIP4Clip's heads
@@ -84,8 +84,10 @@ class TightTransformer(Head):
     def video(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """-> frames [V, T, D] with zeros at padding, bool mask [V, T]."""
         if features.shape[1] >= self.sizes.context_length:
-            raise ValueError(f"--sim_header tightTransf takes at most {self.sizes.context_length - 1} frames, "
-                             f"got {features.shape[1]}")  # fmt: skip
+            raise ValueError(
+                f"--sim_header tightTransf takes at most {self.sizes.context_length - 1} frames, "
+                f"got {features.shape[1]}"
+            )
         return torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features)), mask
 
     def similarity(self, text: Tensor, video: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.cdcr import batch_cdcr, token_cdcr
 from modules.heads.base import Head, HeadOptions
+from modules.losses.cdcr import batch_cdcr, token_cdcr
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # unit vectors [N, L, D], bool mask [N, L], weights [N, L] that sum to 1
 COPIES = 4  # of the cosines of a pair alive at once: themselves, masked either way, and the room of a maximum
@@ -43,8 +43,10 @@ class TokenInteraction(Head):
         self.ignored_prefixes = () if self.weighted else own  # InternVideo stores them with ti, too
         text_width = sizes.embed_dim if options.projected_tokens else sizes.text_width
         if text_width != sizes.embed_dim:
-            raise ValueError(f"--interaction {options.interaction} compares text tokens {text_width} wide with frames "
-                             f"{sizes.embed_dim} wide: this model's widths differ")  # fmt: skip
+            raise ValueError(
+                f"--interaction {options.interaction} compares text tokens {text_width} wide with frames "
+                f"{sizes.embed_dim} wide: this model's widths differ"
+            )
         if self.weighted:
             self.text_weight_fc = weight_layers(text_width, options.wti_arch)
             self.video_weight_fc = weight_layers(sizes.embed_dim, options.wti_arch)
@@ -108,8 +110,15 @@ class TokenInteraction(Head):
             return batch_cdcr(*drawn, options.cdcr_alpha1, options.cdcr_alpha2)
         cosines = text[0] @ video[0].transpose(1, 2)
         over_frames, over_tokens = self._masked(cosines, text[1], video[1])
-        return token_cdcr(text, video, over_frames.argmax(dim=2), over_tokens.argmax(dim=1), options.cdcr == 3,
-                          options.cdcr_alpha1, options.cdcr_alpha2)  # fmt: skip
+        return token_cdcr(
+            text,
+            video,
+            over_frames.argmax(dim=2),
+            over_tokens.argmax(dim=1),
+            options.cdcr == 3,
+            options.cdcr_alpha1,
+            options.cdcr_alpha2,
+        )
 
 
 def chosen_token(side: Tokens, numbers: Tensor) -> Tensor:

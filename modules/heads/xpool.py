@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoints import ClipSizes
+from checkpoints.read import ClipSizes
 from modules.heads.base import Head, HeadOptions, register
 
 DROPOUT = 0.3

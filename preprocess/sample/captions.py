@@ -42,9 +42,15 @@ ACTION_WORDS = {
     "vanish": ("disappears", "vanishes", "goes away"),
 }
 BEFORE = (
-    "first {a} and then {b}", "{a} appears before {b}", "{a} is followed by {b}", "{b} shows up after {a}",
-    "{a} is shown first, then {b}", "{b} comes after {a}", "after {a} there is {b}", "{a} is replaced by {b}",
-)  # fmt: skip
+    "first {a} and then {b}",
+    "{a} appears before {b}",
+    "{a} is followed by {b}",
+    "{b} shows up after {a}",
+    "{a} is shown first, then {b}",
+    "{b} comes after {a}",
+    "after {a} there is {b}",
+    "{a} is replaced by {b}",
+)
 RELATIVE = {
     "left_of": ("{a} is to the left of {b}", "{b} is to the right of {a}", "to the left of {b} there is {a}"),
     "above": ("{a} is above {b}", "{b} is below {a}", "above {b} there is {a}"),
@@ -81,10 +87,16 @@ def plain_caption(scene: Scene) -> Caption:
     """Every fact in one fixed wording; of three things in a row neither size nor place, for length."""
     turns, few = scene.layout == "sequence", len(scene.things) < 3
     mentions = tuple(
-        Mention(thing.shape, thing.color, thing.size if few else "", thing.place if few and not turns else "",
-                "" if turns else thing.action, thing.color_to)
+        Mention(
+            thing.shape,
+            thing.color,
+            thing.size if few else "",
+            thing.place if few and not turns else "",
+            "" if turns else thing.action,
+            thing.color_to,
+        )
         for thing in scene.things
-    )  # fmt: skip
+    )
     statement = Statement(mentions, scene.background, "before" if turns else "")
     return Caption(word(statement, _First()), statement)
 

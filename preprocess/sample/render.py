@@ -20,9 +20,15 @@ import numpy as np
 from preprocess.sample.scenes import LAYOUT_PLACES, STRAIGHT, TURNS, Scene, Thing
 
 RGB = {
-    "red": (225, 25, 30), "green": (25, 160, 45), "blue": (30, 65, 235), "yellow": (250, 230, 40),
-    "orange": (250, 135, 15), "purple": (125, 25, 175), "pink": (255, 140, 200), "cyan": (40, 220, 230),
-}  # fmt: skip
+    "red": (225, 25, 30),
+    "green": (25, 160, 45),
+    "blue": (30, 65, 235),
+    "yellow": (250, 230, 40),
+    "orange": (250, 135, 15),
+    "purple": (125, 25, 175),
+    "pink": (255, 140, 200),
+    "cyan": (40, 220, 230),
+}
 BACKGROUND_RGB = {"black": (10, 10, 10), "white": (245, 245, 245), "gray": (130, 130, 130), "brown": (105, 65, 35)}
 DIAMETER = {"small": 0.28, "large": 0.42}
 GROWN_FROM, GROWN_TO = 0.22, 0.45
@@ -39,10 +45,16 @@ _X264 = ("libx264", {"preset": "veryfast", "crf": "21", "bf": "2", "g": "48", **
 _MPEG2 = ("mpeg2video", {"bf": "2", "g": "15", "threads": "1"})
 _MPEG4 = ("mpeg4", {"bf": "0", "g": "48", "threads": "1"})
 FILE_TYPES = {
-    ".mp4": ("mp4", *_X264), ".mov": ("mov", *_X264), ".m4v": ("mp4", *_X264), ".3gp": ("3gp", *_X264),
-    ".mts": ("mpegts", *_X264), ".": ("mov", *_X264), ".avi": ("avi", *_MPEG4), ".mpg": ("mpeg", *_MPEG2),
+    ".mp4": ("mp4", *_X264),
+    ".mov": ("mov", *_X264),
+    ".m4v": ("mp4", *_X264),
+    ".3gp": ("3gp", *_X264),
+    ".mts": ("mpegts", *_X264),
+    ".": ("mov", *_X264),
+    ".avi": ("avi", *_MPEG4),
+    ".mpg": ("mpeg", *_MPEG2),
     ".wmv": ("asf", "wmv2", {"g": "48", "threads": "1"}),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

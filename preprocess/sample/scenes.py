@@ -24,12 +24,25 @@ CHANGES = ("grow", "shrink", "recolor", "appear", "vanish")
 
 # What an action becomes when the film runs backwards.
 BACKWARDS = {
-    "still": "still", "left": "right", "right": "left", "up": "down", "down": "up",
-    "up-left": "down-right", "down-right": "up-left", "up-right": "down-left", "down-left": "up-right",
-    "clockwise": "counterclockwise", "counterclockwise": "clockwise",
-    "grow": "shrink", "shrink": "grow", "recolor": "recolor", "appear": "vanish", "vanish": "appear",
-    "first": "second", "second": "first",
-}  # fmt: skip
+    "still": "still",
+    "left": "right",
+    "right": "left",
+    "up": "down",
+    "down": "up",
+    "up-left": "down-right",
+    "down-right": "up-left",
+    "up-right": "down-left",
+    "down-left": "up-right",
+    "clockwise": "counterclockwise",
+    "counterclockwise": "clockwise",
+    "grow": "shrink",
+    "shrink": "grow",
+    "recolor": "recolor",
+    "appear": "vanish",
+    "vanish": "appear",
+    "first": "second",
+    "second": "first",
+}
 
 LAYOUT_PLACES = {"left_right": ("left", "right"), "top_bottom": ("top", "bottom"), "row": ("left", "middle", "right")}
 LANE_MOTIONS = {"left_right": ("up", "down"), "top_bottom": ("left", "right"), "row": ("up", "down")}

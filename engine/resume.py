@@ -1,0 +1,220 @@
+"""Stopping and going on: what ``checkpoint_last.pt`` holds, and putting a run back where it was.
+
+On the CPU a resumed run ends with the weights and history, to the bit, of one that was never stopped. What a batch
+holds depends on seed, epoch and position alone (dataloaders/datasets.py), so the position within the epoch is all that
+the sampler and the loader's workers need; the generators of the main process are stored for each rank.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoints.read import CheckpointError
+from checkpoints.whole import write_whole
+from engine.build import checkpoint_tensors, load_weights
+from engine.gather import barrier, gather_objects
+from engine.progress import log
+from engine.step import Trainer
+
+LAST, SELECTED = "checkpoint_last.pt", "pytorch_model.bin"
+VERSION = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    epoch: int = 0  # the epoch under way, counted from 0
+    step: int = 0  # batches of it that are done: the sampler's position
+    losses: list[float] = field(default_factory=list)  # of those batches
+    dropped: list[str] = field(default_factory=list)  # videos of this epoch that could not be read
+    seconds: float = 0.0  # spent on this epoch's steps
+    best_score: float = -math.inf
+    best_epoch: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.losses, self.dropped, self.seconds = self.epoch + 1, 0, [], [], 0.0
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Every generator of this process, in types that torch.load reads with weights_only."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo :func:`random_state`."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def save_last(folder: Path, trainer: Trainer, state: Progress, record: dict[str, Any]) -> None:
+    """Write checkpoint_last.pt (rank 0; all ranks must call it). The one before stays until the new one is whole.
+
+    record: ``options``, flag -> value, and ``facts``, what else must not change. Raises OSError when it cannot be
+    written; the checkpoint before is untouched then.
+    """
+    generators = gather_objects(random_state(trainer.world.device))
+    if trainer.world.is_main:
+        content = {
+            "version": VERSION,
+            "model": checkpoint_tensors(trainer.model),
+            "scaler": trainer.scaler.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "progress": vars(state),
+            "random": generators,
+            **record,
+        }
+        write_whole(folder / LAST, lambda file: torch.save(content, file))
+
+
+def find_last(wanted: Path | None, folder: Path) -> Path | None:
+    """--resume_model -> the file to go on from; ``auto`` is the one in `folder`, None when there is none yet.
+
+    Raises CheckpointError when the ranks disagree.
+    """
+    if wanted is None or str(wanted) != "auto":
+        return wanted
+    path = folder / LAST
+    seen = gather_objects(path.is_file())
+    if any(seen) and not all(seen):
+        raise CheckpointError(
+            f"--resume_model auto: {path} is seen by ranks {[r for r, s in enumerate(seen) if s]} "
+            "only; --output_dir must be on a file system that all hosts share"
+        )
+    if not all(seen):
+        log.info("--resume_model auto: no %s yet, a fresh start", path)
+        return None
+    return path
+
+
+def load_last(path: Path) -> dict[str, Any]:
+    """Read a checkpoint_last.pt. Raises CheckpointError for anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"--resume_model {path}: no such file; it takes the checkpoint_last.pt of a run, or auto")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"--resume_model {path} cannot be read ({error}); give a checkpoint_last.pt") from error
+    if not isinstance(content, dict) or not {"model", "optimizer", "progress", "options"} <= content.keys():
+        raise CheckpointError(f"--resume_model {path} is not a checkpoint_last.pt; for plain weights give --init_model")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"--resume_model {path} is of version {content.get('version')}, this code writes and "
+            f"reads {VERSION}; go on with the code that wrote it"
+        )
+    return content
+
+
+# Options that a resumed run may change: where things lie, what is shown or written besides, how fast it goes.
+HARMLESS = frozenset(
+    (
+        "output_dir",
+        "cache_dir",
+        "data_path",
+        "features_path",
+        "train_csv",
+        "val_csv",
+        "pretrained_clip_name",
+        "init_model",
+        "finetuned_path",
+        "resume_model",
+        "num_thread_reader",
+        "n_display",
+        "save_steps",
+        "tensorboard",
+        "do_train",
+        "do_eval",
+        "eval_split",
+        "save_similarity",
+        "batch_size_val",
+        "fp16",
+    )
+)
+# Options that leave loss and gradient what they are, but for the order of summation.
+ROUNDING = frozenset(("gradient_accumulation_steps", "grad_checkpointing", "compile", "device"))
+
+
+def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -> None:
+    """Compare a run's options and facts with those of its checkpoint.
+
+    Raises CheckpointError that lists what differs and matters; warns of what may change the last bits.
+    """
+    before, now = content["options"], record["options"]
+    absent = object()
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k, absent) != now.get(k, absent)]
+    words = {k: f"--{k} {before.get(k, '(not known)')} -> {now.get(k, '(not known)')}" for k in differing}
+    refused = [words[k] for k in differing if k not in HARMLESS | ROUNDING]
+    refused += [
+        f"{name} {content['facts'].get(name)} -> {value}"
+        for name, value in record["facts"].items()
+        if content["facts"].get(name) != value
+    ]
+    if refused:
+        raise CheckpointError(
+            f"--resume_model: the run was made with other options: {'; '.join(refused)}. Give those "
+            "of the interrupted run, or start anew in another --output_dir"
+        )
+    rounding = [words[k] for k in differing if k in ROUNDING]
+    if len(content["random"]) != ranks:
+        rounding.append(f"{len(content['random'])} processes -> {ranks}")
+    if rounding:
+        log.warning("resumed with %s: exact but for rounding, so not bit-identical", "; ".join(rounding))
+
+
+def resume(content: dict[str, Any], source: Path, trainer: Trainer, record: dict[str, Any], folder: Path) -> Progress:
+    """Put a run back where `content`, read from `source`, left it; `folder` is the output folder now.
+
+    Raises CheckpointError when options that matter differ.
+    """
+    check_options(content, record, trainer.world.size)
+    names = [
+        [group["names"] for group in groups]
+        for groups in (content["optimizer"]["param_groups"], trainer.optimizer.param_groups)
+    ]
+    if names[0] != names[1]:
+        raise CheckpointError("--resume_model: the checkpoint's optimiser groups hold other parameters than this model")
+    load_weights(trainer.model, content["model"], str(source))
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    trainer.scaler.load_state_dict(content["scaler"])
+    set_random_state(content["random"][trainer.world.rank % len(content["random"])], trainer.world.device)
+    state = Progress(**content["progress"])
+    recover_selected(source, folder, state, trainer.world.is_main)
+    log.info("resumed from %s: epoch %d, step %d", source, state.epoch + 1, state.step)
+    return state
+
+
+def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool) -> None:
+    """Bring the weights selected so far along when a run goes on in another folder, over what may be there.
+
+    Raises CheckpointError if they are gone.
+    """
+    wanted = folder / SELECTED
+    if is_main and state.best_epoch >= 0 and not (wanted.exists() and source.resolve().parent == folder.resolve()):
+        for name in (f"{SELECTED}.json", SELECTED):  # the weights last, as when they are first written
+            if not (source.parent / name).is_file():
+                raise CheckpointError(
+                    f"--resume_model {source}: the best weights so far, {source.parent / name}, are "
+                    f"gone; put them beside it or into {folder}"
+                )
+            with open(source.parent / name, "rb") as there:
+                write_whole(folder / name, lambda file, there=there: shutil.copyfileobj(there, file))
+    barrier()

@@ -1,0 +1,86 @@
+"""Published numbers beside a run's own, where both measure the same; else what differs. The rows: published.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints.read import ClipSizes
+
+TABLE = Path(__file__).with_name("published.json")
+LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
+TITLES = {"t2v": "text-to-video", "v2t": "video-to-text"}
+
+
+def tower_name(clip_evl: bool, sizes: ClipSizes) -> str:
+    """Such as ``CLIP ViT-B/32``; a width that is no standard one stands as its number."""
+    size = LETTERS.get(sizes.vision_width, str(sizes.vision_width))
+    return f"{'InternVideo' if clip_evl else 'CLIP'} ViT-{size}/{sizes.patch_size}"
+
+
+def published_rows() -> list[dict[str, Any]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def protocol_of(found: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """What must be equal before two results may stand side by side, under the names of published.json."""
+    options = found["options"]
+    token_wise = options["interaction"]
+    trained = options["do_train"] or options["finetuned_path"] or options["init_model"]
+    return {
+        "split": found["split"],
+        "videos": found["n_videos"],
+        "captions": found["n_captions"],
+        "tower": tower,
+        "weights": "fine-tuned" if trained else "zero-shot",
+        "compat": options["compat"],
+        "head": options["sim_header"] + (f" {token_wise}" if token_wise != "no" else ""),
+    }
+
+
+def differences(row: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Where the protocols of a published row and of a run part, in words."""
+    return [
+        f"{name} {value} here, {' or '.join(row[name]) if name == 'compat' else row[name]} there"
+        for name, value in ours.items()
+        if (value not in row[name] if name == "compat" else value != row[name])
+    ]
+
+
+def beside(row: Mapping[str, Any], metrics: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """A table of published, measured and their difference, for what the row holds.
+
+    How clips were read is said and not compared: the papers do not give all of it.
+    """
+    kind = row["postprocessing"]
+    lines = [
+        f"beside {row['source']}, {row['weights']}, {row['tower']}, {row['head']}, {kind};",
+        f"here at most {options['max_frames']} frames by the {options['frame_rule']} rule, "
+        f"{options['feature_framerate']} a second, {options['max_words']} words:",
+    ]
+    for direction, values in row["metrics"].items():
+        own = metrics[kind][direction]
+        lines.append(f"{TITLES[direction]:<16}" + "".join(f"{name:>8}" for name in values))
+        lines.append(f"{'  published':<16}" + "".join(f"{value:8.1f}" for value in values.values()))
+        lines.append(f"{'  here':<16}" + "".join(f"{own[name]:8.1f}" for name in values))
+        lines.append(f"{'  difference':<16}" + "".join(f"{own[name] - value:+8.1f}" for name, value in values.items()))
+    return lines
+
+
+def compare(found: Mapping[str, Any], tower: str) -> list[str]:
+    """Lines to print after an evaluation. `found`: content of results.json; `tower`: see :func:`tower_name`.
+
+    Rows are compared when all of :func:`protocol_of` agrees, and each with the post-processing that it was published
+    with. Without such a row the nearest one of the dataset is named, and what differs.
+    """
+    rows = [row for row in published_rows() if row["dataset"] == found["dataset"]]
+    ours = protocol_of(found, tower)
+    same = [row for row in rows if not differences(row, ours)]
+    if same:
+        return [line for row in same for line in beside(row, found["metrics"], found["options"])]
+    if not rows:
+        return [f"no published row for {found['dataset']}"]
+    nearest = min(rows, key=lambda row: len(differences(row, ours)))
+    return [f"not compared with {nearest['source']}, {nearest['weights']}: {'; '.join(differences(nearest, ours))}"]
