@@ -7,27 +7,26 @@ encoded anew for each of its captions. Same model, same decoder, same matrix; bo
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.timing import compare, make_sample_data
+from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.datasets import PairDataset, VideoSource, pad_frames
-from dataloaders.loaders import CaptionBatches, video_loader
-from dataloaders.registry import AnnotationFiles, load_split
+from dataloaders.registry import load_split
 from dataloaders.split import RetrievalSplit
-from dataloaders.video.frames import FrameSampling
-from engine.build import build_model
+from engine.build import build_model, find_weights
+from engine.data import Loaders
 from engine.distributed import World
 from engine.evaluate import evaluate
-from engine.options import ModelOptions
+from engine.options import parse_options
 from modules.model import VideoTextModel
 from modules.tokenizer import Tokenizer
-from preprocess.make_sample_data import main as make_sample_data
 
 BATCH = 32
 
@@ -36,21 +35,14 @@ BATCH = 32
 def once_per_caption(model: VideoTextModel, split: RetrievalSplit, source: VideoSource) -> torch.Tensor:
     """The matrix by reading one video a caption; of each video's features, the last ones read are kept."""
     pairs, tokenize = PairDataset(split, source, expand=True), partial(Tokenizer(), max_words=32)
-    texts, videos = [], {}
+    texts: list[Any] = []
+    videos: dict[int, torch.Tensor] = {}
     for start in range(0, len(pairs), BATCH):
-        items = [pairs[0, i] for i in range(start, min(start + BATCH, len(pairs)))]
+        items: list[Any] = [pairs[0, i] for i in range(start, min(start + BATCH, len(pairs)))]
         features = model.encode_video(*pad_frames([item.frames for item in items]))
         videos |= {item.index: feature for item, feature in zip(items, features)}
         texts.append(model.encode_text(*tokenize([item.caption for item in items])))
     return model.similarity(torch.cat(texts), torch.stack([videos[i] for i in range(len(videos))]))
-
-
-def once_per_video(model: VideoTextModel, split: RetrievalSplit, source: VideoSource) -> torch.Tensor:
-    """The project's own way."""
-    captions = partial(CaptionBatches, tokenize=partial(Tokenizer(), max_words=32), batch_size=BATCH)
-    loader = video_loader(split, source, batch_size=BATCH, num_workers=0)
-    world = World(0, 1, torch.device("cpu"))
-    return evaluate(model, split, loader, captions, world, "fp32").similarity
 
 
 def main() -> None:
@@ -65,25 +57,22 @@ def main() -> None:
             ["--output_dir", name, "--datatype", "msvd", "--n_train", "4", "--n_val", "4", "--n_test", str(args.videos)]
         )
         small = load_split("msvd", "test", AnnotationFiles(data_path=root / "msvd"), root / "msvd" / "videos")
-        model = build_model(ModelOptions(pretrained_clip_name=str(root / "clip" / "tiny_clip.pt")))[0].eval()
+        flags = {"pretrained_clip_name": f"{name}/clip/tiny_clip.pt", "datatype": "msvd", "data_path": f"{name}/msvd"}
+        flags |= {"features_path": f"{name}/msvd/videos", "output_dir": name, "num_thread_reader": "0"}
+        flags |= {"batch_size_val": str(BATCH), "precision": "fp32"}
+        options = parse_options(["--do_eval", *(f"--{flag}={value}" for flag, value in flags.items())])
+        model = build_model(options, find_weights(options)).eval()
         captions = [f"caption {k} of video {v}" for v in range(args.videos) for k in range(args.captions)]
         owner = np.repeat(np.arange(args.videos), args.captions)
         split = RetrievalSplit("msvd", "test", small.videos, tuple(captions), owner, small.expected)
-        source = VideoSource(FrameSampling("second", 1, 12, 2), model.clip.sizes.image_resolution)
-        pairs = []
-        for _ in range(args.rounds):
-            seconds, matrices = [], []
-            for way in (once_per_video, once_per_caption):
-                began = time.perf_counter()
-                matrices.append(way(model, split, source))
-                seconds.append(time.perf_counter() - began)
-            torch.testing.assert_close(*matrices, rtol=1e-4, atol=1e-4)
-            pairs.append(seconds)
-    once, often = (statistics.median(column) for column in zip(*pairs))
-    print(
-        f"{args.videos} videos, {args.captions} captions each, same matrix: once per video {once:.2f} s, once per "
-        f"caption {often:.2f} s, ratio {statistics.median(b / a for a, b in pairs):.1f}"
-    )
+        tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
+        loaders = Loaders(options, World(0, 1, torch.device("cpu")), tokenize, model.clip.image.size)
+        once_per_video = partial(evaluate, model, split, loaders)
+        other = partial(once_per_caption, model, split, loaders.source(frame_order=0))
+        found, matrix = compare(
+            f"{args.videos} videos, {args.captions} captions each", once_per_video, other, args.rounds
+        )
+        torch.testing.assert_close(found.similarity, matrix, rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":

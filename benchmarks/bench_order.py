@@ -24,37 +24,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.order_scores import Score, kind_of, pair_wins, table
+from benchmarks.timing import make_sample_data
 from dataloaders.datasets import VideoDataset
-from engine.build import build_model, checkpoint_tensors
-from engine.data import Evaluator, load_data
+from engine.build import build_model, checkpoint_tensors, find_weights
+from engine.compat import COMPAT
+from engine.data import Loaders, load_data
 from engine.distributed import World, setup
 from engine.options import Options, parse_options
 from engine.progress import log, progress, setup_logging
 from engine.step import Trainer, build_optimizer
-from main_task_retrieval import resolve, seed_everything
+from main_task_retrieval import choose_precision, seed_everything
 from modules.metrics import retrieval_metrics
 from modules.model import VideoTextModel
 from modules.tokenizer import Tokenizer
-from preprocess.make_sample_data import main as make_sample_data
 
 HEADS = {
-    "meanP": ["--sim_header", "meanP"],
-    "seqLSTM": ["--sim_header", "seqLSTM"],
-    "seqTransf": ["--sim_header", "seqTransf", "--cross_num_hidden_layers", "2"],
-    "tightTransf": ["--sim_header", "tightTransf", "--cross_num_hidden_layers", "2"],
-    "xpool": ["--sim_header", "xpool"],
-    "wti": ["--interaction", "wti"],
+    "meanP": "--sim_header meanP",
+    "seqLSTM": "--sim_header seqLSTM",
+    "seqTransf": "--sim_header seqTransf --cross_num_hidden_layers 2",
+    "tightTransf": "--sim_header tightTransf --cross_num_hidden_layers 2",
+    "xpool": "--sim_header xpool",
+    "wti": "--interaction wti",
     # What is new in this tower starts at zero and gets ten times the rate of the rest, which keeps that of the others.
-    "clip_evl": ["--clip_evl", "--lr", "1e-2", "--coef_lr", "0.1"],
+    "clip_evl": "--clip_evl --lr 1e-2 --coef_lr 0.1",
 }
-SECONDS, FRAMES, FRAMERATE, WORDS = "1.018", 4, 3, 32
-CLIP = {"resolution": 64, "patch": 16, "vision_layers": 3, "text_layers": 3}
+SECONDS, FRAMES, FRAMERATE, WORDS, RESOLUTION = "1.018", 4, 3, 32, 64
+SAMPLE = f"""--datatype msrvtt --output_dir {{output_dir}}/data --seed {{seed}} --captions plain --n_train {{n_train}}
+    --n_test {{n_test}} --order_pairs {{order_pairs}} --min_seconds {SECONDS} --max_seconds {SECONDS}
+    --resolution {RESOLUTION} --clip_resolution {RESOLUTION} --clip_patch 16 --clip_vision_layers 3
+    --clip_text_layers 3"""
+RUN = f"""--do_train --datatype msrvtt --output_dir {{output_dir}} --device cpu --seed {{seed}} --freeze_layer_num -1
+    --data_path {{output_dir}}/data/msrvtt/MSRVTT_data.json --train_csv {{output_dir}}/data/msrvtt/MSRVTT_train.9k.csv
+    --val_csv {{output_dir}}/data/msrvtt/MSRVTT_JSFUSION_test.csv --features_path {{output_dir}}/data/msrvtt/videos/all
+    --frame_rule stride --max_frames {FRAMES} --feature_framerate {FRAMERATE} --max_words {WORDS}
+    --lr {{lr}} --coef_lr 1 --pretrained_clip_name {{output_dir}}/data/clip/tiny_clip.pt"""
+FROM_CLIP = "--pretrained_clip_name {output_dir}/clip.pt --activation quick_gelu --epochs {epochs}"
 CLIP_BATCH = 64  # of the common CLIP's training
 # CLIP4Clip's heads start with the text tower's positions, which a small CLIP has 100 times smaller than its features:
 # no head would tell its frames apart within these steps.
 POSITIONS_STD = 0.5
 POSITIONS = ("frame_position_embeddings.weight", "cross.embeddings.position_embeddings.weight")
+KINDS = ("moves", "changes", "take turns")
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,40 @@ class Clips:
     pairs: np.ndarray
 
     def batch(self, index: np.ndarray) -> SimpleNamespace:
-        present = torch.ones(len(index), self.frames.shape[1], dtype=torch.bool)
-        return SimpleNamespace(
-            token_ids=self.token_ids[index],
-            token_mask=self.token_mask[index],
-            frame_mask=present,
-            frames=self.frames[index],
-            video_ids=[self.video_ids[i] for i in index],
-        )
+        tensors = {name: getattr(self, name)[index] for name in ("frames", "token_ids", "token_mask")}
+        present = torch.ones(tensors["frames"].shape[:2], dtype=torch.bool)
+        return SimpleNamespace(**tensors, frame_mask=present, video_ids=[self.video_ids[i] for i in index])
+
+
+def pair_wins(similarity: np.ndarray, caption_to_video: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool [P, 2]: which captions score their clip above its twin, and which clips their caption above its twin's.
+
+    A tie is lost. similarity [V, V], one caption a video with owners `caption_to_video`; pairs int [P, 2] of video
+    indices. Raises ValueError where a video has not exactly one caption.
+    """
+    row = np.argsort(caption_to_video)
+    if not np.array_equal(np.asarray(caption_to_video)[row], np.arange(similarity.shape[1])):
+        raise ValueError("pairs are scored with exactly one caption for every video")
+    own, twin = pairs, pairs[:, ::-1]
+    correct = similarity[row[own], own]
+    return correct > similarity[row[own], twin], correct > similarity[row[twin], own]
+
+
+def interval(wins: np.ndarray) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share of wins [P, 2], percent, with P and not 2 P trials: one side of a pair often
+    wins just because the other loses."""
+    z, trials, share = 1.96, len(wins), wins.mean()
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
+    return 100 * (center - half), 100 * (center + half)
+
+
+def kind_of(scenes_file: Path, video_ids: Sequence[str]) -> np.ndarray:
+    """What the pair of each clip differs in, str [P] out of KINDS, from the sample's scenes.json."""
+    scenes = json.loads(scenes_file.read_text())
+    shown = (scenes[video_id][0]["things"] for video_id in video_ids)
+    # What takes turns are two things; a place is stated of all that stays.
+    return np.array(["take turns" if len(t) > 1 else "changes" if t[0]["place"] else "moves" for t in shown])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,12 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=20, help="of each head over the training pairs")
     add("--batch_pairs", type=int, default=16, help="pairs of clips per step")
     add("--lr", type=float, default=1e-3)
-    add(
-        "--n_train",
-        type=int,
-        default=800,
-        help="training clips beside the pairs; of these there are --order_pairs x --n_train / --n_test",
-    )
+    add("--n_train", type=int, default=800, help="training clips beside --order_pairs x --n_train / --n_test pairs")
     add("--n_test", type=int, default=100, help="test clips beside the pairs")
     add("--order_pairs", type=int, default=100, help="pairs of test clips")
     add("--seed", type=int, default=0, help="of the clips, of the untrained CLIP and of training")
@@ -100,69 +131,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def options_of(args: argparse.Namespace, data: Path, world: World, more: Sequence[str]) -> Options:
-    """The options that the command line of a run would give."""
-    return resolve(
-        parse_options(
-            [
-                "--do_train",
-                "--datatype",
-                "msrvtt",
-                "--output_dir",
-                str(args.output_dir),
-                "--device",
-                "cpu",
-                "--data_path",
-                f"{data}/msrvtt/MSRVTT_data.json",
-                "--train_csv",
-                f"{data}/msrvtt/MSRVTT_train.9k.csv",
-                "--val_csv",
-                f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv",
-                "--features_path",
-                f"{data}/msrvtt/videos/all",
-                "--frame_rule",
-                "stride",
-                "--max_frames",
-                str(FRAMES),
-                "--feature_framerate",
-                str(FRAMERATE),
-                "--max_words",
-                str(WORDS),
-                "--pretrained_clip_name",
-                f"{data}/clip/tiny_clip.pt",
-                "--freeze_layer_num",
-                "-1",
-                "--lr",
-                str(args.lr),
-                "--coef_lr",
-                "1",
-                "--seed",
-                str(args.seed),
-                *more,
-            ]
-        ),
-        world,
-    )
+def words(args: argparse.Namespace, flags: str) -> list[str]:
+    """The words of `flags`, with the values of `args` put in last: a path may have spaces."""
+    return [word.format(**vars(args)) for word in flags.split()]
 
 
-def read_clips(options: Options, world: World, data: Path, name: str) -> Clips:
+def options_of(args: argparse.Namespace, world: World, more: str) -> Options:
+    return choose_precision(parse_options(words(args, f"{RUN} {more}")), world)
+
+
+def read_clips(options: Options, world: World, name: str) -> Clips:
     """Decode a split once, by the same code as every run."""
     split = load_data(options, name)
-    source = Evaluator(options, world, Tokenizer(), CLIP["resolution"]).source(frame_order=0)
-    dataset = VideoDataset(split, source)
+    dataset = VideoDataset(split, Loaders(options, world, Tokenizer(), RESOLUTION).source(frame_order=0))
     items = [dataset[i] for i in progress(range(len(dataset)), f"reading {name}")]
     ids = [video.video_id for video in split.videos]
     place = {video_id: index for index, video_id in enumerate(ids)}
-    told = json.loads((data / "msrvtt" / "order_pairs.json").read_text())[name]
+    told = json.loads(options.data.data_path.with_name("order_pairs.json").read_text())[name]
     row = np.argsort(split.caption_to_video, kind="stable")  # one caption a clip, in the order of the clips
     tokens, mask = Tokenizer()([split.captions[i] for i in row], max_words=WORDS)
-    return Clips(
-        ids,
-        torch.stack([item.frames for item in items]),
-        tokens,
-        mask,
-        np.array([[place[one], place[other]] for one, other in told]),
-    )
+    pairs = np.array([[place[one], place[other]] for one, other in told])
+    frames = torch.stack([item.frames for item in items])  # type: ignore[misc]
+    return Clips(ids, frames, tokens, mask, pairs)
 
 
 def batches(groups: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -172,68 +162,42 @@ def batches(groups: np.ndarray, size: int, rng: np.random.Generator) -> Iterator
         yield groups[order[start : start + size]].flatten()
 
 
-def fit(
-    model: VideoTextModel, options: Options, world: World, clips: Clips, groups: np.ndarray, size: int, title: str
-) -> None:
-    """Train in place for --epochs over `groups`, by the optimiser and the step of every run."""
-    steps = len(groups) // size * options.train.epochs
-    trainer = Trainer(
-        model,
-        build_optimizer(model, options.train, options.model.compat, steps),
-        world,
-        options.run.precision,
-        options.train.max_grad_norm,
-        seed=options.run.seed,
-    )
-    rng = np.random.default_rng(options.run.seed)
-    model.train()
-    for _ in progress(range(options.train.epochs), title):
-        for index in batches(groups, size, rng):
-            trainer.step(clips.batch(index))
-
-
-def start_model(options: Options) -> VideoTextModel:
-    """A model to train, without the lines that a run logs about its weights."""
-    seed_everything(options.run.seed)
-    log.disabled = True
-    try:
-        return build_model(options.model, WORDS, FRAMES, to_train=True)[0]
-    finally:
-        log.disabled = False
-
-
-def train_clip(args: argparse.Namespace, world: World, data: Path, clips: Clips, path: Path) -> None:
-    """The CLIP from which all heads start, saved at `path`: it knows what clips show, but with meanP no order."""
-    options = options_of(args, data, world, [*HEADS["meanP"], "--epochs", str(args.clip_epochs)])
-    model = start_model(options)
-    everything = np.arange(len(clips.video_ids))[:, None]
-    fit(model, options, world, clips, everything, min(CLIP_BATCH, len(everything)), "common CLIP")
-    torch.save(checkpoint_tensors(model), path)
-
-
-def train_head(args: argparse.Namespace, world: World, data: Path, head: str, clips: Clips) -> VideoTextModel:
-    """A head on the common CLIP, trained on the pairs of `clips`."""
-    start = ["--pretrained_clip_name", f"{args.output_dir}/clip.pt", "--activation", "quick_gelu"]
-    options = options_of(args, data, world, [*start, "--epochs", str(args.epochs), *HEADS[head]])
-    model = start_model(options)
+def trained(options: Options, world: World, clips: Clips, groups: np.ndarray, size: int, title: str) -> VideoTextModel:
+    """A model after --epochs over `groups`, `size` of them a step, by the optimiser and the step of every run."""
+    size, seed = min(size, len(groups)), options.run.seed
+    seed_everything(seed)
+    log.disabled = True  # what a run says about its weights would stand between the tables
+    model = build_model(options, find_weights(options))
+    log.disabled = False
     with torch.no_grad():
         for name, parameter in model.head.named_parameters():
             if name in POSITIONS and parameter.requires_grad:
                 parameter.normal_(std=POSITIONS_STD)
-    fit(model, options, world, clips, clips.pairs, min(args.batch_pairs, len(clips.pairs)), head)
+    steps = len(groups) // size * options.train.epochs
+    optimizer = build_optimizer(model, options.train, COMPAT[options.model.compat], steps)
+    trainer = Trainer(model, optimizer, world, options.run.precision, options.train.max_grad_norm, seed=seed)
+    rng = np.random.default_rng(seed)
+    model.train()
+    for _ in progress(range(options.train.epochs), title):
+        for index in batches(groups, size, rng):
+            trainer.step(clips.batch(index))
     return model
 
 
 @torch.no_grad()
-def score(model: VideoTextModel, clips: Clips, began: float) -> Score:
-    """Of the test clips; `began`: when the head's training did (time.perf_counter)."""
+def score(model: VideoTextModel, clips: Clips, kinds: np.ndarray) -> dict[str, str]:
+    """The table's titles and cells for a model, of the test clips; `kinds`: of their pairs, str [P]."""
     model.eval()
     batch = clips.batch(np.arange(len(clips.video_ids)))
     text = model.encode_text(batch.token_ids, batch.token_mask)
     similarity = model.similarity(text, model.encode_video(batch.frames, batch.frame_mask)).numpy()
-    own = np.arange(len(similarity))
-    wins = pair_wins(similarity, own, clips.pairs)
-    return Score(*wins, retrieval_metrics(similarity, own)["raw"]["t2v"]["R@1"], time.perf_counter() - began)
+    own, row = np.arange(len(similarity)), {}
+    t2v, v2t = pair_wins(similarity, own, clips.pairs)
+    for title, wins in (("text-to-video", t2v), ("video-to-text", v2t)):
+        row[f"{title} (95 %)"] = "{:.1f} ({:.0f} to {:.0f})".format(100 * wins.mean(), *interval(wins))
+    for kind in (kind for kind in KINDS if kind in kinds):
+        row[f"t2v, {kind} (n = {(kinds == kind).sum()})"] = f"{100 * t2v[kinds == kind].mean():.1f}"
+    return row | {"t2v R@1, all clips": f"{retrieval_metrics(similarity, own)['raw']['t2v']['R@1']:.1f}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,51 +207,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
     args.output_dir = args.output_dir.resolve()
-    data = args.output_dir / "data"
-    status = make_sample_data(
-        [
-            "--output_dir",
-            str(data),
-            "--datatype",
-            "msrvtt",
-            "--seed",
-            str(args.seed),
-            "--captions",
-            "plain",
-            "--n_train",
-            str(args.n_train),
-            "--n_test",
-            str(args.n_test),
-            "--order_pairs",
-            str(args.order_pairs),
-            "--resolution",
-            str(CLIP["resolution"]),
-            "--min_seconds",
-            SECONDS,
-            "--max_seconds",
-            SECONDS,
-            *(part for name, value in CLIP.items() for part in (f"--clip_{name}", str(value))),
-            *(["--force"] if args.force else []),
-        ]
-    )
+    status = make_sample_data(words(args, f"{SAMPLE} --force" if args.force else SAMPLE))
     if status:
         return status
     world = setup("cpu")
     setup_logging(None, is_main=True)
-    options = options_of(args, data, world, [])
-    train, test = (read_clips(options, world, data, name) for name in ("train", "test"))
-    train_clip(args, world, data, train, args.output_dir / "clip.pt")
-    kinds = kind_of(data, [test.video_ids[one] for one, _ in test.pairs])
-    scores = {}
+    options = options_of(args, world, "")
+    train, test = (read_clips(options, world, name) for name in ("train", "test"))
+    # The CLIP from which all heads start: it knows what clips show, but with meanP no order.
+    options, singles = options_of(args, world, HEADS["meanP"] + " --epochs {clip_epochs}"), np.arange(len(train.frames))
+    clip = trained(options, world, train, singles[:, None], CLIP_BATCH, "common CLIP")
+    torch.save(checkpoint_tensors(clip), args.output_dir / "clip.pt")
+    kinds = kind_of(options.data.data_path.with_name("scenes.json"), [test.video_ids[one] for one, _ in test.pairs])
+    rows = []
     for head in args.heads:
         began = time.perf_counter()
-        model = train_head(args, world, data, head, train)
-        scores[head] = score(model, test, began)
-        print(f"\n{table(scores, kinds)}\n", flush=True)
-    print(
-        f"Own clip above its reverse, percent of the two sides of {len(test.pairs)} pairs; a coin has 50, "
-        f"and R@1 {100 / len(test.video_ids):.1f}"
-    )
+        options = options_of(args, world, f"{FROM_CLIP} {HEADS[head]}")
+        model = trained(options, world, train, train.pairs, args.batch_pairs, head)
+        rows.append({"head": head, **score(model, test, kinds), "s": f"{time.perf_counter() - began:.0f}"})
+        lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        print("", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n", flush=True)
+    chance = f"a coin has 50, and R@1 {100 / len(test.video_ids):.1f}"
+    print(f"Own clip above its reverse, percent of the two sides of {len(test.pairs)} pairs; {chance}")
     return 0
 
 

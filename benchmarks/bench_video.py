@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import av
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from benchmarks.timing import interleaved, median_ratio
 from dataloaders.video.decode import read_frames
 from dataloaders.video.frames import FrameSampling
 from dataloaders.video.transforms import FrameTransform
@@ -40,116 +40,69 @@ FPS = 30
 
 
 def make_film(path: Path, seconds: int, width: int, height: int) -> None:
-    """A filmed-looking clip: a slow pan over a smooth, textured scene, moving blobs and sensor noise; x264 defaults."""
+    """A filmed-looking clip: a slow pan over a textured scene, a moving blob and sensor noise; x264 defaults."""
     generator = np.random.default_rng(0)
-    scene = _scene(generator, height, width + 2 * seconds * FPS)
+    scene = np.zeros((height, width + 2 * seconds * FPS, 3), np.float32)
+    for cells, strength in ((4, 120), (12, 60), (40, 30), (120, 15)):  # random colours, the finer the fainter
+        coarse = generator.random((cells, cells * scene.shape[1] // height + 1, 3), np.float32)
+        scene += strength * cv2.resize(coarse, scene.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     noise = generator.normal(0, 2, (8, height, width, 1)).astype(np.float32)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "medium", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(seconds * FPS):
-            image = scene[:, number : number + width].astype(np.float32) + noise[number % 8]
-            frame = np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8))
-            for blob in range(3):
-                x = int(width * (0.5 + 0.4 * np.sin(number / 25 + 2 * blob)))
-                y = int(height * (0.5 + 0.3 * np.cos(number / 35 + blob)))
-                cv2.circle(frame, (x, y), height // 10, (200 - 60 * blob, 80 + 50 * blob, 90), -1)
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = number, Fraction(1, FPS)
-            container.mux(stream.encode(picture))
+            frame = np.clip(scene[:, number : number + width] + noise[number % 8], 0, 255).astype(np.uint8)
+            center = (int(width * (0.5 + 0.4 * np.sin(number / 25))), int(height * (0.5 + 0.3 * np.cos(number / 35))))
+            cv2.circle(frame, center, height // 6, (200, 80, 90), -1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
 
 
-def _scene(generator: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3]: random colours at four scales, the finer the fainter."""
-    scene = np.zeros((height, width, 3), np.float32)
-    for cells, strength in ((4, 120), (12, 60), (40, 30), (120, 15)):
-        coarse = generator.random((cells, cells * width // height + 1, 3), np.float32)
-        scene += strength * cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.clip(scene, 0, 255).astype(np.uint8)
+def seek_for_each_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    for index in indices:
+        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        yield capture.read()[1]
 
 
-def pil_pipeline(size: int) -> Callable[[np.ndarray], torch.Tensor]:
-    steps = transforms.Compose(
-        [
-            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    return lambda bgr: steps(Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)))
+def grab_every_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    wanted = set(indices)
+    for index in range(max(wanted) + 1):
+        capture.grab()
+        if index in wanted:
+            yield capture.retrieve()[1]
 
 
-def open_capture(path: Path) -> cv2.VideoCapture:
-    return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-
-
-def _choose(capture: cv2.VideoCapture, sampling: FrameSampling) -> list[int]:
-    return sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-
-
-def _as_float64(images: list[torch.Tensor], max_frames: int) -> np.ndarray:
-    clip = np.zeros((max_frames, *images[0].shape))
+def through_opencv(read: Callable, path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
+    """float64 [max_frames, 3, size, size]: frames resized and cropped with PIL, normalised, the rest zero."""
+    bicubic = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
+    steps = [bicubic, transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    prepare = transforms.Compose(steps)
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    chosen = sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    images = [prepare(Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))) for bgr in read(capture, chosen)]
+    capture.release()
+    clip = np.zeros((sampling.max_frames, *images[0].shape))
     clip[: len(images)] = torch.stack(images).numpy()
     return clip
-
-
-def seek_for_each_frame(path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
-    prepare, capture = pil_pipeline(size), open_capture(path)
-    images = []
-    for index in _choose(capture, sampling):
-        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        read, frame = capture.read()
-        if not read:
-            break
-        images.append(prepare(frame))
-    capture.release()
-    return _as_float64(images, sampling.max_frames)
-
-
-def grab_every_frame(path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
-    prepare, capture = pil_pipeline(size), open_capture(path)
-    indices = set(_choose(capture, sampling))
-    images = []
-    for index in range(max(indices) + 1):
-        if not capture.grab():
-            break
-        if index in indices:
-            images.append(prepare(capture.retrieve()[1]))
-    capture.release()
-    return _as_float64(images, sampling.max_frames)
 
 
 def ours(path: Path, sampling: FrameSampling, size: int) -> torch.Tensor:
     return FrameTransform(size)(read_frames(path, sampling))
 
 
-CONTENDERS = {"ours": ours, "clip4clip": seek_for_each_frame, "cv-sequential": grab_every_frame}
+CONTENDERS: dict[str, Callable] = {
+    "ours": ours,
+    "clip4clip": partial(through_opencv, seek_for_each_frame),
+    "cv-sequential": partial(through_opencv, grab_every_frame),
+}
 
 
-def measure(path: Path, sampling: FrameSampling, size: int, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds per contender and round, after one unmeasured round."""
-    generator = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for number in range(rounds + 1):
-        for name in generator.permutation(list(CONTENDERS)):
-            begin = time.perf_counter()
-            CONTENDERS[name](path, sampling, size)
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: np.array(times) for name, times in seconds.items()}
-
-
-def check_same_frames(path: Path, sampling: FrameSampling, size: int) -> float:
-    """Largest mean difference of a frame between us and OpenCV sequential, in levels of 255. Raises on other frames."""
-    theirs = grab_every_frame(path, sampling, size)
+def check_same_frames(path: Path, mine: torch.Tensor, theirs: np.ndarray) -> None:
+    """Raises AssertionError where a frame differs by more than a level of 255 on average: then it is another one."""
     pixels = (theirs * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))) * 255
-    mine = ours(path, sampling, size).numpy().astype(float)
-    difference = np.abs(mine - pixels[: len(mine)]).mean(axis=(1, 2, 3)).max()
+    difference = np.abs(mine.numpy().astype(float) - pixels[: len(mine)]).mean(axis=(1, 2, 3)).max()
     if difference > 1:
         raise AssertionError(f"{path}: the contenders give different frames, by {difference:.2f} levels on average")
-    return float(difference)
 
 
 def main() -> None:
@@ -164,11 +117,12 @@ def main() -> None:
             path = Path(folder) / f"{number}.mp4"
             make_film(path, seconds, width, height)
             sampling = FrameSampling("stride", framerate=1, max_frames=frames)
-            check_same_frames(path, sampling, args.size)
-            times = measure(path, sampling, args.size, args.rounds)
+            ways = {title: partial(way, path, sampling, args.size) for title, way in CONTENDERS.items()}
+            times, clips = interleaved(ways, args.rounds, warm_up=1)
+            check_same_frames(path, clips["ours"], clips["cv-sequential"])
             print(f"{name} ({path.stat().st_size / 1e6:.1f} MB), {args.rounds} rounds")
             for contender, taken in times.items():
-                ratio = np.median(taken / times["ours"])
+                ratio = median_ratio(taken, times["ours"])
                 print(f"  {contender:14s} {np.median(taken) * 1e3:8.1f} ms   {ratio:5.2f} x our time", flush=True)
 
 

@@ -9,13 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.download import OPENAI_CLIP, file_sha256
+from checkpoints.download import OPENAI_CLIP
 from checkpoints.files import CheckpointError, RawFile
 from checkpoints.names import CLIP_PREFIX, NamedTensors
+from checkpoints.whole import file_sha256
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 GELU_MARK = "clip.gelu_activation"  # among the tensors of our files that were trained with gelu
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
+OPEN_CLIP_USUAL = (
+    ("text_cfg", "pool_type", "argmax"),
+    ("text_cfg", "no_causal_mask", False),
+    ("vision_cfg", "pool_type", "tok"),
+)
 
 
 def find_activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict | None) -> tuple[str | None, str]:
@@ -40,14 +46,12 @@ def find_activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict
         # CLIP4Clip saves plain state dicts; in a wrapper it is some other program's file, from weights unknown.
         if named.naming == "openai" and any(str(key).startswith(CLIP_PREFIX) for key in raw.content):
             return "quick_gelu", "a CLIP4Clip model without a sidecar: CLIP4Clip starts from OpenAI's weights only"
-    elif named.naming == "hugging_face":
-        config = read_json(path.with_name("config.json"))
-        if config is not None:
-            return _from_hugging_face(config, path.with_name("config.json"))
     elif raw.container != "torchscript":
-        config = read_json(path.with_name("open_clip_config.json"))
+        is_theirs = named.naming == "hugging_face"
+        beside = path.with_name("config.json" if is_theirs else "open_clip_config.json")
+        config = read_json(beside)
         if config is not None:
-            return _from_open_clip(config, path.with_name("open_clip_config.json"))
+            return (_from_hugging_face if is_theirs else _from_open_clip)(config, beside)
     return None, "nothing in the file or beside it tells"
 
 
@@ -85,16 +89,12 @@ def _from_open_clip(config: dict, path: Path) -> tuple[str | None, str]:
     model = _part(config, "model_cfg") or config
     text, vision = _part(model, "text_cfg"), _part(model, "vision_cfg")
     _check_heads(path, "text", text.get("width", 512), text.get("heads", 8))
-    if vision.get("head_width", HEAD_WIDTH) != HEAD_WIDTH:
-        _check_heads(path, "image", vision["head_width"], 1)
-    plain = {
-        "text_cfg.pool_type": text.get("pool_type", "argmax") == "argmax",
-        "text_cfg.no_causal_mask": not text.get("no_causal_mask", False),
-        "vision_cfg.pool_type": vision.get("pool_type", "tok") == "tok",
-    }
-    if not all(plain.values()):
-        odd = ", ".join(name for name, usual in plain.items() if not usual)
-        raise CheckpointError(f"{path}: {odd} differs from OpenAI's CLIP, whose towers are the only ones built here")
+    _check_heads(path, "image", vision.get("head_width", HEAD_WIDTH), 1)
+    for part, key, usual in OPEN_CLIP_USUAL:
+        if _part(model, part).get(key, usual) != usual:
+            raise CheckpointError(
+                f"{path}: {part}.{key} differs from OpenAI's CLIP, whose towers are the only ones built here"
+            )
     return ("quick_gelu" if model.get("quick_gelu", False) else "gelu"), f"quick_gelu in {path.name}"
 
 

@@ -1,8 +1,7 @@
 """Raw contents of weight files, read without running anything that they contain.
 
 Three containers: torch.save files (through `weights_only=True`), .safetensors, and TorchScript archives such as
-OpenAI's CLIP release, whose tensors are taken from the zip by the unpickler below. What the names inside mean is the
-business of checkpoints.py.
+OpenAI's CLIP release, whose tensors are taken from the zip by the unpickler below.
 """
 
 import pickle
@@ -14,25 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-STORAGE_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+STORAGES = {
+    f"{dtype}Storage": getattr(torch, dtype.lower())
+    for dtype in ("Float", "Half", "Double", "BFloat16", "Long", "Int", "Short", "Bool")
 }
+STORAGES |= {"CharStorage": torch.int8, "ByteStorage": torch.uint8}
 MAX_MODULES = 100_000  # far above any network: stops an archive whose modules contain each other
 MAX_CODE_BYTES = 1 << 24
 QUICK_GELU_FACTOR = 1.702
+MORE_THAN_TENSORS = (
+    "more than tensors and plain containers, or is damaged; nothing of it was run. If you trust it, load it where it "
+    "was made and save only its weights: torch.save(model.state_dict(), file)."
+)
 
 
 class CheckpointError(RuntimeError):
@@ -64,20 +59,7 @@ def read_raw(path: Path) -> RawFile:
         return RawFile(torch.load(path, map_location="cpu", weights_only=True), "torch")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (
-        pickle.UnpicklingError,
-        SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # a damaged or hostile file can make the readers raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # torch's own text would advise to load the file unsafely; it stays chained, for log.txt.
         shown = "" if reason.startswith("Weights only load failed") else f" [{reason}]"
@@ -101,17 +83,11 @@ def describe_wrong_file(path: str | Path) -> str:
         with zipfile.ZipFile(path) as archive:
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 return "it is a zip file but not one of PyTorch's. If the weights are inside, unpack it first."
-        return (
-            "it is a PyTorch file that holds more than tensors and plain containers, or is damaged. If you trust "
-            "it, load it where it was made and save only its weights: torch.save(model.state_dict(), file)."
-        )
+        return f"it is a PyTorch file that holds {MORE_THAN_TENSORS}"
     if head[8:9] == b"{":
         return "it is a .safetensors file that breaks off or is damaged. Fetch or copy it again, whole."
     if head[:1] == b"\x80":
-        return (
-            "it is a pickle that holds more than tensors and plain containers; nothing of it was run. If you "
-            "trust it, load it where it was made and save only its weights: torch.save(model.state_dict(), file)."
-        )
+        return f"it is a pickle that holds {MORE_THAN_TENSORS}"
     if head[:3] == b"\x1f\x8b\x08" or head[257:262] == b"ustar":
         return "it is a compressed or tar archive. Unpack it and give the weight file inside."
     return (
@@ -168,8 +144,8 @@ class ArchiveUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
             return type(name, (ScriptObject,), {"__slots__": ()})
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) not in self._admitted:
             raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which no weight file needs; refused")
         return self._admitted[module, name]
@@ -192,16 +168,9 @@ class ArchiveUnpickler(pickle.Unpickler):
             return super().load()
 
 
-def _rebuild_tensor(
-    storage: Tensor,
-    offset: int,
-    size: tuple,
-    stride: tuple,
-    requires_grad: bool,
-    hooks: dict,
-    metadata: dict | None = None,
-) -> Tensor:
-    if metadata:
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
+    """more: requires_grad, hooks and, in newer archives, metadata."""
+    if any(more[2:]):
         raise pickle.UnpicklingError("a tensor with conjugate or negative bits, which no weight has")
     if prod(size) > storage.numel():  # strides of 0 would blow a few bytes up to any size
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} does not fit {storage.numel()} stored values")

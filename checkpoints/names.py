@@ -1,13 +1,13 @@
 """From the tensor names that different programs write to one set of names: dict -> dict, nothing read or built.
 
-Canonical names are those of CLIP4Clip's retrieval model: the CLIP towers as `clip.` + OpenAI's names (InternVideo's
-where its video tower is), heads as they stand. A prefix is only ever removed at the front of a name.
+Canonical names are those of CLIP4Clip's retrieval model: the encoder as `clip.` + OpenAI's names (where an encoder has
+others, those), heads as they stand. A prefix is only ever removed at the front of a name.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from checkpoints.files import CheckpointError
 CLIP_PREFIX = "clip."
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PARALLEL_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+SAVE_WEIGHTS = "Save the weights alone: torch.save(model.state_dict(), file)."
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "param_groups")
 # Constants that some programs store beside the weights: the causal mask, and 0, 1, 2... No module here has them.
 NOT_WEIGHTS = ("attn_mask", "position_ids", "gelu_activation")
@@ -36,31 +37,10 @@ ALWAYS_PRESENT = (
     "text_projection",
     "logit_scale",
 )
-# What InternVideo's video tower has and no plain CLIP: it starts at initial values when a plain CLIP starts the tower.
-VIDEO_TOWER_PARTS = (
-    "visual.transformer.temporal_cls_token",
-    "visual.transformer.balance",
-    "visual.transformer.dpe.",
-    "visual.transformer.dec.",
-    "text_mask_embedding",
-)
-VIDEO_TOWER_NAMES = {  # CLIP's name -> InternVideo's
-    "visual.proj": "visual_proj",
-    "visual.ln_post.weight": "visual_ln_post.weight",
-    "visual.ln_post.bias": "visual_ln_post.bias",
-}
-REFUSED = {  # a key, or the start of keys if it ends with a dot -> what the file is
-    "visual.layer1.": "resnet",
-    "visual.attnpool.": "resnet",
-    "visual.trunk.": "timm",
-    "text.transformer.embeddings.": "hf_text",
-    "text.transformer.encoder.": "hf_text",
-}
-REFUSALS = {
-    "resnet": "it is a CLIP with a ResNet image tower. Only ViT towers are built here: ViT-B/32, ViT-B/16 or ViT-L/14.",
-    "timm": "it is an open_clip model with a timm image tower (SigLIP, EVA, ConvNeXt...). Only CLIP's own ViT towers "
-    "are built here.",
-    "hf_text": "it is an open_clip model with a Hugging Face text tower. Only CLIP's own text tower is built here.",
+REFUSED = {  # how a name begins -> what the file is
+    ("visual.layer1.", "visual.attnpool."): "a CLIP with a ResNet image tower",
+    ("visual.trunk.",): "an open_clip model with a timm image tower (SigLIP, EVA, ConvNeXt...)",
+    ("text.transformer.embeddings.", "text.transformer.encoder."): "an open_clip model with a Hugging Face text tower",
 }
 
 HF_NAMES = {
@@ -93,56 +73,72 @@ class NamedTensors:
     """`tensors`: float32 (or integer) under canonical names. `naming`: "openai", "open_clip" or "hugging_face".
 
     `prefixed`: the file itself had the `clip.` prefix. `has_integers`: it had OpenAI's three integer tensors.
-    `video_tower`: it holds InternVideo's video tower (`--clip_evl`), with 5-D patch weights, instead of an image tower.
+    `encoder`: the name of the one of `encoders` that it holds.
     """
 
     tensors: dict[str, Tensor]
     naming: str
     prefixed: bool
     has_integers: bool
-    video_tower: bool
+    encoder: str
+
+
+class KnownEncoder(Protocol):
+    """What tells the tensors of an encoder from a plain CLIP's; see modules/encoders/base.py."""
+
+    name: str
+    own_parts: tuple[str, ...]
+    renamed: Mapping[str, str]
+
+
+PLAIN_CLIP = "clip"
+
+
+def parameter_name(name: str) -> str:
+    """A parameter's name in checkpoints: heads and losses are stored without what the module tree puts in front."""
+    return name.removeprefix("head.").removeprefix("temporal.").removeprefix("criterion.")
+
+
+def split_towers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Canonical names -> (the encoder's tensors without `clip.`, the rest)."""
+    towers = {key.removeprefix(CLIP_PREFIX): v for key, v in tensors.items() if key.startswith(CLIP_PREFIX)}
+    return towers, {key: value for key, value in tensors.items() if not key.startswith(CLIP_PREFIX)}
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
     """The state dict inside what torch.save wrote. CheckpointError for optimizer states and for no tensors at all."""
-    found = content
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    if not isinstance(found, Mapping):
-        raise CheckpointError(
-            f"it holds a {type(found).__name__} where named tensors are expected. Save a model's weights with "
-            "torch.save(model.state_dict(), file)."
-        )
-    if any(key in found for key in OPTIMIZER_KEYS):
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"it holds a {type(content).__name__} where named tensors are expected. {SAVE_WEIGHTS}")
+    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    if inner is not None:
+        return unwrap(inner)
+    if any(key in content for key in OPTIMIZER_KEYS):
         raise CheckpointError(
             "it holds the state of an optimizer (as CLIP4Clip's pytorch_opt.bin.N does), not weights. The weights are "
             "in the pytorch_model.bin.N beside it."
         )
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    others = [str(key) for key, value in found.items() if isinstance(value, Mapping)]
-    if not tensors or others:
-        keys = ", ".join(map(str, list(found)[:6]))
-        raise CheckpointError(
-            f"no state dict was recognised in it; its first entries are: {keys or 'none'}. Save the "
-            "weights alone: torch.save(model.state_dict(), file)."
-        )
-    return _without_parallel_prefixes(tensors)
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or any(isinstance(value, Mapping) for value in content.values()):
+        keys = ", ".join(map(str, list(content)[:6])) or "none"
+        raise CheckpointError(f"no state dict was recognised in it; its first entries are: {keys}. {SAVE_WEIGHTS}")
+    while prefix := next((p for p in PARALLEL_PREFIXES if all(key.startswith(p) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
-def canonical_names(tensors: Mapping[str, Tensor]) -> NamedTensors:
-    """Recognise the naming of a state dict and rename it. CheckpointError says what an unusable one looks like."""
+def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[KnownEncoder] = ()) -> NamedTensors:
+    """Recognise the naming of a state dict and rename it; `encoders` are those besides a plain CLIP that it may hold.
+
+    CheckpointError says what an unusable one looks like.
+    """
     prefixed = any(key.startswith(CLIP_PREFIX) for key in tensors)
     if prefixed:
-        towers = {key[len(CLIP_PREFIX) :]: value for key, value in tensors.items() if key.startswith(CLIP_PREFIX)}
-        heads = {key: value for key, value in tensors.items() if not key.startswith(CLIP_PREFIX)}
+        towers, heads = split_towers(tensors)
     else:
         towers, heads = dict(tensors), {}
-    for start, reason in REFUSED.items():
-        if start in towers or (start.endswith(".") and any(key.startswith(start) for key in towers)):
-            raise CheckpointError(REFUSALS[reason])
+    for starts, what in REFUSED.items():
+        if any(key.startswith(starts) for key in towers):
+            raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
     has_integers = all(key in towers for key in OPENAI_INTEGERS)
     for key in OPENAI_INTEGERS:
         towers.pop(key, None)  # sizes, not weights: no module has a place for them
@@ -151,67 +147,39 @@ def canonical_names(tensors: Mapping[str, Tensor]) -> NamedTensors:
     if any(key.startswith(("vision_model.", "text_model.")) for key in towers):
         naming, towers = "hugging_face", _from_hugging_face(towers)
     elif any(key.startswith("text.") for key in towers):
-        naming, towers = "open_clip", {_without_front(key, "text."): value for key, value in towers.items()}
-    video = is_video_tower(towers)
-    if video:
-        towers = video_tower_names(towers)
-    wanted = [VIDEO_TOWER_NAMES.get(key, key) for key in ALWAYS_PRESENT] if video else ALWAYS_PRESENT
-    missing = [key for key in wanted if key not in towers]
+        naming, towers = "open_clip", {key.removeprefix("text."): value for key, value in towers.items()}
+    encoder = next((e for e in encoders if _belongs_to(towers, e)), None)
+    renamed = encoder.renamed if encoder else {}
+    missing = [key for key in ALWAYS_PRESENT if key not in towers and renamed.get(key, key) not in towers]
+    if len(missing) > len(ALWAYS_PRESENT) // 2:
+        raise CheckpointError(
+            f"it holds {len(tensors)} tensors of something other than a CLIP model (such as "
+            f"{', '.join(list(tensors)[:4])}). Give CLIP weights of OpenAI, open_clip, Hugging Face or CLIP4Clip."
+        )
     if missing:
-        raise CheckpointError(_not_clip(tensors, missing))
+        raise CheckpointError(
+            f"it is a CLIP model without {', '.join(missing)}: a part of one, or another variant. A whole CLIP with "
+            "image and text tower is needed."
+        )
     if not prefixed:
         # Whatever is neither a known tower's nor OpenAI's stands as it is: strict loading names it.
-        heads = {key: towers.pop(key) for key in list(towers) if not _is_tower_key(key)}
-    renamed = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
-    return NamedTensors({key: _plain(value) for key, value in renamed.items()}, naming, prefixed, has_integers, video)
+        own = tuple(part for e in encoders for part in (*e.own_parts, *e.renamed.values()))
+        starts = ("visual.", "transformer.resblocks.", "ln_final.", *own)
+        heads = {k: towers.pop(k) for k in list(towers) if not k.startswith(starts) and k not in ALWAYS_PRESENT}
+    canonical = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
+    plain = {k: owned(v.float() if v.is_floating_point() else v) for k, v in canonical.items()}
+    return NamedTensors(plain, naming, prefixed, has_integers, encoder.name if encoder else PLAIN_CLIP)
 
 
-def is_video_tower(towers: Mapping[str, Tensor]) -> bool:
-    """Whether the names (without `clip.`) or the patch weights are those of InternVideo's video tower."""
-    patches = towers.get("visual.conv1.weight")
-    return (
-        any(key.startswith(VIDEO_TOWER_PARTS) or key in VIDEO_TOWER_NAMES.values() for key in towers)
-        or patches is not None
-        and patches.ndim == 5
-    )
+def _belongs_to(towers: Mapping[str, Tensor], encoder: KnownEncoder) -> bool:
+    return any(key.startswith(encoder.own_parts) or key in encoder.renamed.values() for key in towers)
 
 
-def video_tower_names(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a CLIP or a video tower, names without `clip.`, under InternVideo's: patches [width, 3, 1, p, p]."""
-    renamed = dict(towers)
-    for plain, video in VIDEO_TOWER_NAMES.items():
-        if plain in renamed and video not in renamed:
-            renamed[video] = renamed.pop(plain)
-    patches = renamed.get("visual.conv1.weight")
-    if patches is not None and patches.ndim == 4:
-        renamed["visual.conv1.weight"] = patches.unsqueeze(2)
-    return renamed
-
-
-def _is_tower_key(key: str) -> bool:
-    starts = ("visual.", "transformer.resblocks.", "ln_final.", "visual_ln_post.", "visual_proj", *VIDEO_TOWER_PARTS)
-    return key.startswith(starts) or key in ALWAYS_PRESENT
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """float32 where it is floating point; memory of its own, so that a view does not keep a larger storage alive."""
+def owned(tensor: Tensor) -> Tensor:
+    """`tensor`, detached, with contiguous memory of its own: a view would keep alive, and save, all it is a view of."""
     tensor = tensor.detach()
-    if tensor.is_floating_point():
-        tensor = tensor.to(torch.float32)
     owns_all = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if owns_all and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _without_front(key: str, prefix: str) -> str:
-    return key[len(prefix) :] if key.startswith(prefix) else key
-
-
-def _without_parallel_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    while True:
-        prefix = next((p for p in PARALLEL_PREFIXES if all(key.startswith(p) for key in tensors)), None)
-        if prefix is None:
-            return tensors
-        tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
 
 
 def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,21 +188,17 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stacks: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         block = HF_BLOCK.fullmatch(key)
-        if key in HF_NAMES:
-            renamed[HF_NAMES[key]] = value
-        elif key in HF_TRANSPOSED:
+        if key in HF_TRANSPOSED:
             renamed[HF_TRANSPOSED[key]] = value.T
         elif block:
             tower, number, part, kind = block.groups()
             front = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}."
-            if part in HF_BLOCK_PARTS:
-                renamed[f"{front}{HF_BLOCK_PARTS[part]}.{kind}"] = value
-            elif part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 stacks.setdefault(f"{front}attn.in_proj_{kind}", {})[part[-6]] = value
             else:
-                renamed[key] = value
+                renamed[f"{front}{HF_BLOCK_PARTS.get(part, part)}.{kind}"] = value
         else:
-            renamed[key] = value
+            renamed[HF_NAMES.get(key, key)] = value
     for key, parts in stacks.items():
         if set(parts) != set("qkv"):
             raise CheckpointError(
@@ -245,14 +209,25 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _not_clip(tensors: Mapping[str, Tensor], missing: list[str]) -> str:
-    examples = ", ".join(list(tensors)[:4])
-    if len(missing) > len(ALWAYS_PRESENT) // 2:
-        return (
-            f"it holds {len(tensors)} tensors of something other than a CLIP model (such as {examples}). Give CLIP "
-            "weights of OpenAI, open_clip, Hugging Face or CLIP4Clip."
+def merge(
+    upstream: Mapping[str, Tensor], clip: Mapping[str, Tensor], weight: float, kept: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """`--mergeclip`, `--mergeweight`: ``weight * clip + (1 - weight) * upstream`` for every tensor that both have.
+
+    Both under the same encoder's names, without ``clip.``. The logit scale is averaged as it is stored, in log space.
+    What begins with one of `kept` stays `upstream`'s. CheckpointError if the two differ in size.
+    """
+    theirs, ours = ({k: v for k, v in side.items() if not k.startswith(kept)} for side in (clip, upstream))
+    different = [
+        f"clip.{key} {list(value.shape)} and {list(theirs[key].shape)}"
+        for key, value in ours.items()
+        if key in theirs and value.shape != theirs[key].shape
+    ]
+    different += [f"clip.{key} only in the file of --pretrained_path" for key in ours if key not in theirs]
+    different += [f"clip.{key} only in the CLIP" for key in theirs if key not in ours]
+    if different:
+        raise CheckpointError(
+            f"--mergeclip needs a CLIP of the same size as the file of --pretrained_path; {len(different)} tensors "
+            f"differ: {', '.join(different[:4])}"
         )
-    return (
-        f"it is a CLIP model without {', '.join(missing)}: a part of one, or another variant. A whole CLIP with "
-        "image and text tower is needed."
-    )
+    return {**upstream, **{key: weight * theirs[key] + (1 - weight) * value for key, value in ours.items()}}

@@ -6,8 +6,6 @@ There is no val split: the field tests on val_1 (4,917 videos).
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 from dataloaders.annotation_files import (
     AnnotationFiles,
@@ -15,17 +13,11 @@ from dataloaders.annotation_files import (
     join_sentences,
     read_json,
     require_annotated,
-    require_split,
     string_list,
 )
+from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
-DATATYPE = "activity"
-SPLITS = ("train", "test")
-HAS_VAL = False
-FRAME_RULE = "second"
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi")
-RECURSIVE = True
 EXPECTED = {"train": Expected(10_009, 10_009), "test": Expected(4_917, 4_917)}
 _FILE_NAMES = {"train": ("train_ids.json", "train.json"), "test": ("val_ids.json", "val_1.json")}
 
@@ -36,13 +28,19 @@ def candidates(video_id: str) -> list[str]:
     return [f"v_{bare}", bare]
 
 
+@register(
+    "activity",
+    splits=tuple(EXPECTED),
+    extensions=(".mp4", ".mkv", ".webm", ".avi"),
+    frame_rule="second",
+    candidates=candidates,
+)
 def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     """One paragraph for each listed video; paths None, no video is touched. Raises AnnotationError.
 
     As in the sources, a clip runs from 0 to the annotated duration rounded up to a second, which decides how many
     seconds the `second` frame rule sees; without a `duration` in the annotation it is the whole file.
     """
-    require_split(DATATYPE, split, SPLITS)
     list_path, captions_path = (files.in_folder(name) for name in _FILE_NAMES[split])
     # Unlike the other datasets' lists, these are merged from several files and may repeat an id, which adds nothing.
     ids = list(dict.fromkeys(string_list(list_path, "top level", read_json(list_path, list))))
@@ -55,17 +53,11 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
         sentences = field(captions_path, where, record, "sentences", list)
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise AnnotationError(f"{captions_path}: {where}.sentences: must be strings")
-        paragraph = join_sentences(sentences)
-        if not paragraph:
-            raise AnnotationError(f"{captions_path}: {where}.sentences: no text in any of {len(sentences)} sentences")
-        clips[_clip(captions_path, where, video_id, record)] = [paragraph]
-    return build_split(DATATYPE, split, clips, EXPECTED[split])
-
-
-def _clip(path: Path, where: str, video_id: str, record: dict[str, Any]) -> VideoClip:
-    if "duration" not in record:
-        return VideoClip(video_id)
-    duration = record["duration"]
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
-        raise AnnotationError(f"{path}: {where}.duration: must be seconds > 0, is {duration!r:.80}")
-    return VideoClip(video_id, start=0.0, end=float(math.ceil(duration)))
+        clip = VideoClip(video_id)
+        if "duration" in record:
+            seconds = record["duration"]
+            if type(seconds) not in (int, float) or not 0 < seconds < math.inf:  # not isinstance: true would pass as 1
+                raise AnnotationError(f"{captions_path}: {where}.duration: must be seconds > 0, is {seconds!r:.80}")
+            clip = VideoClip(video_id, start=0.0, end=float(math.ceil(seconds)))
+        clips[clip] = [join_sentences(captions_path, f"{where}.sentences", sentences)]
+    return build_split("activity", split, clips, EXPECTED[split])

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataloaders.split import RetrievalSplit, VideoClip
-from dataloaders.video.decode import VideoReadError, read_frames
+from dataloaders.split import RetrievalSplit
+from dataloaders.video.decode import read_frames
 from dataloaders.video.frames import FrameSampling, order_frames
+from dataloaders.video.packets import VideoReadError
 from dataloaders.video.transforms import FrameTransform
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
@@ -24,18 +25,22 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class VideoSource:
-    """How a clip becomes frames: which are chosen, in what order, by which decoder, at what size."""
+    """How a clip becomes frames: which are chosen, in what order, at what size."""
 
     sampling: FrameSampling
     image_size: int
-    decoder: str = "pyav"
     frame_order: int = 0  # 0 as filmed, 1 reversed, 2 shuffled
 
-    def read(self, clip: VideoClip, generator: np.random.Generator) -> Tensor:
-        """uint8 [T, 3, S, S], T at most max_frames. Raises VideoReadError."""
-        frames = read_frames(clip.path, self.sampling, clip.start, clip.end, decoder=self.decoder)
-        order = order_frames(list(range(len(frames))), self.frame_order, generator)
-        return FrameTransform(self.image_size)(frames[order] if self.frame_order else frames)
+    def read(self, split: RetrievalSplit, index: int, generator: np.random.Generator, caption: str = "") -> Item:
+        """A video of the split; with a `caption`, as a training pair, for which the frame rule may draw at random."""
+        clip, drawing = split.videos[index], generator if caption else None
+        try:
+            frames = read_frames(clip.path, self.sampling, clip.start, clip.end, generator=drawing)
+        except VideoReadError as error:
+            return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
+        if self.frame_order:
+            frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
+        return Item(index, clip.video_id, FrameTransform(self.image_size)(frames), caption)
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,8 @@ class Item:
 
     index: int  # of the video within the split
     video_id: str
-    frames: Tensor | Failure
+    frames: Tensor | Failure  # uint8 [T, 3, S, S], T at most max_frames
     caption: str = ""
-
-
-def _read(source: VideoSource, clip: VideoClip, index: int, generator: np.random.Generator, caption: str = "") -> Item:
-    try:
-        return Item(index, clip.video_id, source.read(clip, generator), caption)
-    except VideoReadError as error:
-        return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
 
 
 class VideoDataset(Dataset):
@@ -73,21 +71,19 @@ class VideoDataset(Dataset):
         return len(self.split.videos)
 
     def __getitem__(self, index: int) -> Item:
-        return _read(self.source, self.split.videos[index], index, np.random.default_rng([self.seed, index]))
+        return self.source.read(self.split, index, np.random.default_rng([self.seed, index]))
 
 
 class PairDataset(Dataset):
     """Training pairs: every caption with its video, or (`expand` False) every video with one caption drawn anew.
 
-    Indexed by (epoch, position), so that what is drawn depends on the seed, the epoch and the position alone, not on
-    which worker draws it.
+    Indexed by (epoch, position), so that what is drawn does not depend on which worker draws it.
     """
 
     def __init__(self, split: RetrievalSplit, source: VideoSource, expand: bool, seed: int = 0) -> None:
         self.split, self.source, self.expand, self.seed = split, source, expand, seed
         order = np.argsort(split.caption_to_video, kind="stable")
-        bounds = np.searchsorted(split.caption_to_video[order], np.arange(len(split.videos) + 1))
-        self._captions_of = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
+        self._captions_of = np.split(order, np.cumsum(split.captions_per_video)[:-1])
 
     def __len__(self) -> int:
         return len(self.split.captions) if self.expand else len(self.split.videos)
@@ -97,7 +93,7 @@ class PairDataset(Dataset):
         generator = np.random.default_rng([self.seed, epoch, position])
         caption = position if self.expand else int(generator.choice(self._captions_of[position]))
         video = int(self.split.caption_to_video[caption])
-        return _read(self.source, self.split.videos[video], video, generator, self.split.captions[caption])
+        return self.source.read(self.split, video, generator, self.split.captions[caption])
 
 
 @dataclass(frozen=True)
@@ -118,16 +114,16 @@ class Batch:
         return Batch(**{**vars(self), **pinned})
 
 
+@dataclass(frozen=True)
 class Collate:
     """Items -> :class:`Batch`; with `tokenize`, their captions too, cut to the longest of the batch."""
 
-    def __init__(self, tokenize: Tokenize | None = None) -> None:
-        self.tokenize = tokenize
+    tokenize: Tokenize | None = None
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         failures = tuple(item.frames for item in items if isinstance(item.frames, Failure))
         good = [item for item in items if isinstance(item.frames, Tensor)]
-        frames, mask = pad_frames([item.frames for item in good])
+        frames, mask = pad_frames([item.frames for item in good])  # type: ignore[misc]
         text = trim(*self.tokenize([item.caption for item in good])) if self.tokenize and good else (None, None)
         index = torch.tensor([item.index for item in good], dtype=torch.long)
         return Batch(index, tuple(item.video_id for item in good), frames, mask, failures, *text)

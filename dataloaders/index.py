@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dataloaders.split import RetrievalSplit, VideoClip, VideoFolderError, first_ids
+from dataloaders.split import RetrievalSplit, VideoFolderError, first_ids
 
 
 def own_name(video_id: str) -> list[str]:
@@ -20,59 +20,46 @@ def index_videos(root: str | Path, extensions: Sequence[str], recursive: bool = 
     """Map the stem of every video file under `root` to its path, reading folder entries only, no file.
 
     `extensions` (with their dot, compared without case) also rank: of `a.webm` and `a.mp4`, the one listed first is
-    taken. Hidden files and folders are passed over, and names that are an extension only. With `recursive`, folders at
-    any depth; links are followed, each real folder once. Raises VideoFolderError when root is absent, no folder or
-    unreadable, and when two files of the same stem and rank leave it open which is meant.
+    taken. Hidden files and folders are passed over. With `recursive`, folders at any depth; links are followed, each
+    real folder once. Raises VideoFolderError when root is absent, no folder or unreadable, and when two files of the
+    same stem and rank leave it open which is meant.
     """
     root = Path(root)
-    if not root.exists():
-        raise VideoFolderError(f"--features_path {root} does not exist; give the folder that holds the videos")
     if not root.is_dir():
-        raise VideoFolderError(f"--features_path {root} is a file; give the folder that holds the videos")
+        state = "is a file" if root.exists() else "does not exist"
+        raise VideoFolderError(f"--features_path {root} {state}; give the folder that holds the videos")
     by_length = sorted(extensions, key=len, reverse=True)  # so that ".m2ts" is not read as stem "a.m2" of ".ts"
     rank = {extension: n for n, extension in enumerate(extensions)}
     found: dict[str, tuple[int, str]] = {}
     for name, path in _walk(root, recursive):
-        lower = name.lower()
-        extension = next((e for e in by_length if lower.endswith(e)), None)
-        if extension is None or len(name) == len(extension):
-            continue
+        extension = next((e for e in by_length if name.lower().endswith(e)), "")
         stem = name[: len(name) - len(extension)]
-        known = found.get(stem)
-        if known is not None and known[0] == rank[extension]:
-            raise VideoFolderError(
-                f"--features_path {root}: two files for video {stem!r}: {known[1]} and {path}; "
-                "keep one, or point --features_path at the folder that is meant"
-            )
-        if known is None or rank[extension] < known[0]:
-            found[stem] = (rank[extension], path)
+        if not extension or not stem:
+            continue
+        this = (rank[extension], path)
+        known = found.setdefault(stem, this)
+        if known is not this and known[0] == this[0]:
+            both = f"two files for video {stem!r}: {known[1]} and {path}"
+            raise VideoFolderError(f"--features_path {root}: {both}; keep one, or give the folder that is meant")
+        found[stem] = min(known, this)
     return {stem: Path(path) for stem, (_, path) in found.items()}
 
 
 def _walk(root: Path, recursive: bool) -> Iterator[tuple[str, str]]:
     """Yield (file name, path) in a fixed order, whatever order the file system has."""
-    pending, visited = [str(root)], set()
-    while pending:
-        folder = pending.pop()
+
+    def fail(error: OSError) -> None:
+        message = f"--features_path {root}: cannot list {error.filename}: {error.strerror}"
+        raise VideoFolderError(message) from error
+
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
-        if real in visited:
-            continue
+        go_on = recursive and real not in visited
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")) if go_on else []
+        if real not in visited:
+            yield from ((name, os.path.join(folder, name)) for name in sorted(names) if not name.startswith("."))
         visited.add(real)
-        try:
-            with os.scandir(folder) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise VideoFolderError(f"--features_path {root}: cannot list {folder}: {error.strerror}") from error
-        subfolders = []
-        for entry in listed:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                subfolders.append(entry.path)
-            else:
-                yield entry.name, entry.path
-        if recursive:
-            pending.extend(reversed(subfolders))
 
 
 def locate_videos(
@@ -90,48 +77,31 @@ def locate_videos(
     """
     root = Path(root)
     index = index_videos(root, extensions, recursive)
-    located: list[VideoClip] = []
-    missing: list[str] = []
+    paths: dict[str, Path] = {}
     for clip in split.videos:
-        path = _path_of(clip, root, index, candidates)
-        if path is None:
-            missing.append(clip.video_id)
-            located.append(clip)
-        else:
-            located.append(replace(clip, path=path))
-    if len(missing) == len(split.videos):
-        raise VideoFolderError(_nothing_found(split, root, extensions, candidates, recursive, index))
-    return replace(split, videos=tuple(located)).drop(missing)
+        stem = next((stem for stem in candidates(clip.video_id) if stem in index), None)
+        if clip.path is None and stem is not None:
+            paths[clip.video_id] = index[stem]
+        elif clip.path is not None and (root / clip.path).is_file():
+            paths[clip.video_id] = root / clip.path
+    if not paths:
+        first = split.videos[0]
+        wanted = first.path or f"{candidates(first.video_id)[0]}{extensions[0]}"
+        raise VideoFolderError(
+            f"--features_path {root}: none of the {len(split.videos)} videos of {split.dataset} {split.name} found; "
+            f"looked for names such as '{wanted}' ({', '.join(extensions)}) "
+            f"{'at any depth' if recursive else 'directly in it'}; {_contents(root, index, recursive)}"
+        )
+    found = split.drop(clip.video_id for clip in split.videos if clip.video_id not in paths)
+    return replace(found, videos=tuple(replace(clip, path=paths[clip.video_id]) for clip in found.videos))
 
 
-def _path_of(
-    clip: VideoClip, root: Path, index: dict[str, Path], candidates: Callable[[str], list[str]]
-) -> Path | None:
-    if clip.path is not None:
-        named = root / clip.path
-        return named if named.is_file() else None
-    return next((index[stem] for stem in candidates(clip.video_id) if stem in index), None)
-
-
-def _nothing_found(
-    split: RetrievalSplit,
-    root: Path,
-    extensions: Sequence[str],
-    candidates: Callable[[str], list[str]],
-    recursive: bool,
-    index: dict[str, Path],
-) -> str:
-    depth = "at any depth" if recursive else "directly in it"
-    first = split.videos[0]
-    wanted = str(first.path) if first.path is not None else f"{candidates(first.video_id)[0]}{extensions[0]}"
-    head = f"--features_path {root}: none of the {len(split.videos)} videos of {split.dataset} {split.name} found; "
-    looked = f"looked for names such as {wanted!r} ({', '.join(e or 'no extension' for e in extensions)}) {depth}; "
+def _contents(root: Path, index: dict[str, Path], recursive: bool) -> str:
+    """What the folder holds instead, in words."""
     if index:
-        return head + looked + f"it holds {len(index)} videos such as {first_ids(sorted(index), 3)}"
+        return f"it holds {len(index)} videos such as {first_ids(sorted(index), 3)}"
     others = Counter(os.path.splitext(name)[1] or "no extension" for name, _ in _walk(root, recursive))
     what = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or "no file at all"
-    if recursive:
-        return head + looked + f"it holds no video ({what})"
-    folders = first_ids(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()), 3)
-    hint = f"; is it one of its folders {folders}?" if folders else ""
-    return head + looked + f"it holds no video ({what} directly in it){hint}"
+    folders = [] if recursive else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    hint = f"; is it one of its folders {first_ids(folders, 3)}?" if folders else ""
+    return f"it holds no video ({what}){hint}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,18 +42,34 @@ class GlobalBatchSampler(Sampler):
             yield [(self.epoch, int(i)) for i in order[start : start + share]]
 
 
-class ShardedBatches(Sampler):
+class ShardedBatches(list):
     """Whole consecutive batches dealt out to the ranks, so that what a batch holds does not depend on their number."""
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
-        starts = range(0, size, batch_size)
-        self.batches = [list(range(s, min(s + batch_size, size))) for s in starts[rank::world_size]]
+        starts = range(0, size, batch_size)[rank::world_size]
+        super().__init__(list(range(start, min(start + batch_size, size))) for start in starts)
 
-    def __len__(self) -> int:
-        return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+@dataclass(frozen=True)
+class Reading:
+    """What the video loaders of a run have in common. num_workers: processes, 0 reads in this one."""
+
+    num_workers: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    pin_memory: bool = False
+
+    def loader(self, dataset: Dataset, batches: Iterable[list], collate: Collate) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
+        )
 
 
 def _start_worker(_: int) -> None:
@@ -62,60 +80,33 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _loader(dataset: Dataset, batches: Sampler, collate: Collate, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        prefetch_factor=2 if num_workers else None,
-        generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-    )
-
-
 def pair_loader(
-    split: RetrievalSplit,
-    source: VideoSource,
-    tokenize: Tokenize,
-    *,
-    expand: bool,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
+    split: RetrievalSplit, source: VideoSource, tokenize: Tokenize, reading: Reading, *, expand: bool, batch_size: int
 ) -> DataLoader:
     """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` and ``.start`` before each epoch."""
-    dataset = PairDataset(split, source, expand, seed)
-    batches = GlobalBatchSampler(len(dataset), batch_size, rank, world_size, seed)
-    return _loader(dataset, batches, Collate(tokenize), num_workers, pin_memory)
+    dataset = PairDataset(split, source, expand, reading.seed)
+    batches = GlobalBatchSampler(len(dataset), batch_size, reading.rank, reading.world_size, reading.seed)
+    return reading.loader(dataset, batches, Collate(tokenize))
 
 
-def video_loader(
-    split: RetrievalSplit,
-    source: VideoSource,
-    *,
-    batch_size: int,
-    num_workers: int,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-) -> DataLoader:
+def video_loader(split: RetrievalSplit, source: VideoSource, reading: Reading, *, batch_size: int) -> DataLoader:
     """Batches of the split's videos, each video once, this rank's share."""
-    dataset = VideoDataset(split, source, seed)
-    batches = ShardedBatches(len(dataset), batch_size, rank, world_size)
-    return _loader(dataset, batches, Collate(), num_workers, pin_memory)
+    batches = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
+    return reading.loader(VideoDataset(split, source, reading.seed), batches, Collate())
+
+
+class HasCaptions(Protocol):
+    """A split, or captions without their videos."""
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
 
 
 class CaptionBatches:
     """Batches (index int64 [B], token_ids int64 [B, L], token_mask bool [B, L]) of a split's captions, each once."""
 
     def __init__(
-        self, split: RetrievalSplit, tokenize: Tokenize, batch_size: int, rank: int = 0, world_size: int = 1
+        self, split: HasCaptions, tokenize: Tokenize, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.split, self.tokenize = split, tokenize
         self.batches = ShardedBatches(len(split.captions), batch_size, rank, world_size)

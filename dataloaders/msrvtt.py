@@ -7,84 +7,69 @@ json. The 9k list holds 1,990 of the 2,990 Full test videos: never score a 9k mo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.annotation_files import (
-    AnnotationFiles,
-    field,
-    read_csv,
-    read_json,
-    require_annotated,
-    require_split,
-    unique_ids,
-)
+from dataloaders.annotation_files import AnnotationFiles, field, read_csv, read_json, require_annotated, unique_ids
+from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
+from plugins import flag
 
-DATATYPE = "msrvtt"
-SPLITS = ("train", "test")
-HAS_VAL = False
-FRAME_RULE = "stride"
-EXTENSIONS = (".mp4", ".webm")
-RECURSIVE = False
+SPLIT_FLAGS = {"train": ("train_csv", "MSRVTT_train.9k.csv"), "test": ("val_csv", "MSRVTT_JSFUSION_test.csv")}
 CAPTIONS_PER_VIDEO = 20
-EXPECTED = {
-    "train-9k": Expected(9_000, 9_000 * CAPTIONS_PER_VIDEO),
-    "train-7k": Expected(7_010, 7_010 * CAPTIONS_PER_VIDEO),
-    "train-full": Expected(6_513, 6_513 * CAPTIONS_PER_VIDEO),
-    "val-full": Expected(497, 497 * CAPTIONS_PER_VIDEO),
-    "test-full": Expected(2_990, 2_990 * CAPTIONS_PER_VIDEO),
-    "test-1k": Expected(1_000, 1_000),  # the caption of the list's own column `sentence`
-    "test-1k-all": Expected(1_000, 1_000 * CAPTIONS_PER_VIDEO),
-}
+LENGTHS: dict[str, tuple[int, ...]] = {
+    "train": (9_000, 7_010, 6_513),
+    "test": (2_990, 497, 1_000),
+}  # videos of the lists
+OWN_CAPTIONS: tuple[int, ...] = (1_000,)
 
 
+@dataclass(frozen=True)
+class Options:
+    train_csv: Path | None = flag(None, "list of training ids (MSRVTT_train.9k.csv)", type=Path)
+    val_csv: Path | None = flag(None, "list of test clips (MSRVTT_JSFUSION_test.csv)", type=Path)
+    expand_msrvtt_sentences: bool = flag(False, "train on every caption, not on one drawn per clip and epoch")
+
+
+@register(
+    "msrvtt",
+    splits=tuple(SPLIT_FLAGS),
+    extensions=(".mp4", ".webm"),
+    recursive=False,
+    Options=Options,
+    split_flags=SPLIT_FLAGS,
+    draws_captions=lambda options: not options.expand_msrvtt_sentences,
+)
 def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     """The "train" split of --train_csv or the "test" split of --val_csv; paths None, no video is touched.
 
-    A training split holds all captions, whatever `expand_msrvtt_sentences`. Raises AnnotationError.
+    A training split holds all captions, whatever --expand_msrvtt_sentences. Raises AnnotationError.
     """
-    require_split(DATATYPE, split, SPLITS)
-    if split == "train":
-        path = files.require("train_csv", "a csv with a column video_id, such as MSRVTT_train.9k.csv")
-    else:
-        path = files.require("val_csv", "a csv with a column video_id, such as MSRVTT_JSFUSION_test.csv")
-    rows, columns = read_csv(path, ["video_id"])
-    ids = unique_ids(path, ((f"line {line}", row["video_id"].strip()) for line, row in rows))
-    alike = [name for name in columns if name.strip().lower() in ("sentence", "sentences", "caption", "captions")]
-    if split == "test" and alike and "sentence" not in columns:
+    flag_name, example = SPLIT_FLAGS[split]
+    path = files.require(flag_name, f"a csv with a column video_id, such as {example}")
+    table = read_csv(path, ["video_id"])
+    ids = unique_ids(path, ((f"line {line}", cell.strip()) for line, cell in table["video_id"].items()))
+    alike = [name for name in table.columns if name.lower() in ("sentence", "sentences", "caption", "captions")]
+    if split == "test" and alike and "sentence" not in table.columns:
         raise AnnotationError(
             f"{path}: line 1: column {alike[0]!r} must be called 'sentence' if it holds the test's "
             "captions; without it all captions of MSRVTT_data.json are queries"
         )
-    if split == "test" and "sentence" in columns:
-        captions = _captions_of_rows(path, rows)
-        lists = ("test-1k",)
+    if split == "test" and "sentence" in table.columns:
+        for line, sentence in table["sentence"].items():
+            if not sentence.strip():
+                raise AnnotationError(f"{path}: line {line}: column 'sentence' is empty")
+        captions = {video_id: [sentence] for video_id, sentence in zip(ids, table["sentence"])}
+        lengths, each = OWN_CAPTIONS, 1
     else:
         json_path = files.require("data_path", "MSRVTT_data.json, which holds the captions")
         captions = _captions_by_video(json_path)
         require_annotated(ids, captions, path, json_path)
-        lists = ("train-9k", "train-7k", "train-full") if split == "train" else ("test-full", "val-full", "test-1k-all")
-    expected = _expected(lists, len(ids))
-    return build_split(DATATYPE, split, {VideoClip(video_id): captions[video_id] for video_id in ids}, expected)
-
-
-def _expected(lists: tuple[str, ...], length: int) -> Expected:
-    """What the published list of this length holds; for any other length the nearest list, and which there are.
-
-    A list that lost some rows must not pass as one of another kind.
-    """
-    nearest = min((EXPECTED[name] for name in lists), key=lambda known: abs(known.videos - length))
-    if nearest.videos == length:
-        return nearest
-    return replace(nearest, published=tuple(EXPECTED[name].videos for name in lists))
-
-
-def _captions_of_rows(path: Path, rows: list[tuple[int, dict[str, str]]]) -> dict[str, list[str]]:
-    for line, row in rows:
-        if not row["sentence"].strip():
-            raise AnnotationError(f"{path}: line {line}: column 'sentence' is empty")
-    return {row["video_id"].strip(): [row["sentence"]] for _, row in rows}
+        lengths, each = LENGTHS[split], CAPTIONS_PER_VIDEO
+    # A list that lost some rows must not pass as one of another kind: it is held to the nearest.
+    nearest = min(lengths, key=lambda length: abs(length - len(ids)))
+    expected = Expected(nearest, nearest * each, () if nearest == len(ids) else lengths)
+    return build_split("msrvtt", split, {VideoClip(video_id): captions[video_id] for video_id in ids}, expected)
 
 
 def _captions_by_video(path: Path) -> dict[str, list[str]]:

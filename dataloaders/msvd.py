@@ -5,27 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dataloaders.annotation_files import (
-    AnnotationFiles,
-    read_id_list,
-    read_plain_pickle,
-    require_annotated,
-    require_split,
-)
+from dataloaders.annotation_files import AnnotationFiles, read_id_list, read_plain_pickle, require_annotated
+from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
-DATATYPE = "msvd"
-SPLITS = ("train", "val", "test")
-HAS_VAL = True
-FRAME_RULE = "second"
-EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm")
-RECURSIVE = True
 EXPECTED = {"train": Expected(1_200, 48_774), "val": Expected(100, 4_290), "test": Expected(670, 27_763)}
 
 
+@register("msvd", splits=tuple(EXPECTED), extensions=(".avi", ".mp4", ".mkv", ".webm"), frame_rule="second")
 def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     """All captions (18 to 81) of each listed video; paths None, no video is touched. Raises AnnotationError."""
-    require_split(DATATYPE, split, SPLITS)
     list_path = files.in_folder(f"{split}_list.txt")
     captions_path = files.in_folder("raw-captions.pkl")
     ids = read_id_list(list_path)
@@ -35,7 +24,7 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     captions = {_text(video_id): sentences for video_id, sentences in raw.items()}
     require_annotated(ids, captions, list_path, captions_path)
     clips = {VideoClip(i): _sentences(captions_path, i, captions[i]) for i in ids}
-    return build_split(DATATYPE, split, clips, EXPECTED[split])
+    return build_split("msvd", split, clips, EXPECTED[split])
 
 
 def _sentences(path: Path, video_id: str, sentences: Any) -> list[str]:

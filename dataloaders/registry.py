@@ -1,50 +1,64 @@
-"""The datasets by the name that --datatype gives them."""
+"""Load a dataset by the name that --datatype gives it. A file of this folder that registers one is found by itself."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
+import numpy as np
+
+import dataloaders
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.index import locate_videos, own_name
+from dataloaders.dataset import DATASETS, Dataset
+from dataloaders.index import locate_videos
 from dataloaders.integrity import with_own_counts
 from dataloaders.split import AnnotationError, RetrievalSplit
 
-DATASETS: dict[str, ModuleType] = {
-    module.DATATYPE: module for module in (msrvtt, msvd, lsmdc, activitynet, didemo, vatex)
-}
-
-
-def dataset_module(datatype: str) -> ModuleType:
-    """The module of a dataset; raises AnnotationError naming --datatype and the known ones."""
-    if datatype not in DATASETS:
-        raise AnnotationError(f"--datatype {datatype!r} is not known; it is one of {', '.join(DATASETS)}")
-    return DATASETS[datatype]
+DATASETS.load("dataloaders", list(dataloaders.__path__))
 
 
 def load_split(datatype: str, split: str, files: AnnotationFiles, features_path: str | Path) -> RetrievalSplit:
-    """The split with the path of every video; ids whose file is not there are in `missing_videos`.
-
-    Raises AnnotationError for the annotations (an unknown split too) and VideoFolderError for the folder.
-    """
+    """`load_annotations`, then `attach_videos`. Raises AnnotationError and VideoFolderError."""
     return attach_videos(datatype, load_annotations(datatype, split, files), features_path)
 
 
 def load_annotations(datatype: str, split: str, files: AnnotationFiles) -> RetrievalSplit:
-    """The split without paths, held to published counts or to those of an expected.json; see `with_own_counts`."""
-    loaded = dataset_module(datatype).load(split, files)
-    annotations = files.data_path or (files.train_csv if split == "train" else files.val_csv)
-    return with_own_counts(loaded, annotations) if annotations else loaded
+    """The split without paths, held to published counts or to those of `with_own_counts`. Raises AnnotationError."""
+    dataset = _dataset(datatype)
+    loaded = dataset.load(split, files)
+    annotations = files.data_path or files.require(dataset.split_flags[split][0], "the list of the split")
+    return with_own_counts(loaded, annotations)
 
 
 def attach_videos(datatype: str, split: RetrievalSplit, features_path: str | Path) -> RetrievalSplit:
-    """Look for a loaded split's videos under `features_path` by the dataset's own naming; see `locate_videos`."""
-    module = dataset_module(datatype)
-    find = getattr(module, "candidates", own_name)
-    return locate_videos(split, features_path, module.EXTENSIONS, find, recursive=module.RECURSIVE)
+    """The split with the path of every video, by the dataset's own naming; see `locate_videos`."""
+    dataset = _dataset(datatype)
+    return locate_videos(split, features_path, dataset.extensions, dataset.candidates, recursive=dataset.recursive)
 
 
 def short_id(datatype: str, video_id: str) -> str:
     """The shortest of the spellings under which a dataset knows a video: what two spellings have in common."""
-    return min(getattr(dataset_module(datatype), "candidates", own_name)(video_id), key=len)
+    return min(_dataset(datatype).candidates(video_id), key=len)
+
+
+@dataclass(frozen=True)
+class QueryBank:
+    """QB-Norm's queries (arXiv 2112.12777): training captions without their videos, which need not be on disk."""
+
+    captions: tuple[str, ...]
+
+
+def load_query_bank(datatype: str, files: AnnotationFiles, size: int, seed: int) -> QueryBank:
+    """`size` captions of the training split drawn by `seed`, in the split's order; all if size is 0."""
+    captions = _dataset(datatype).load("train", files).captions
+    if size and size < len(captions):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(captions), size, replace=False))
+        captions = tuple(captions[i] for i in chosen)
+    return QueryBank(captions)
+
+
+def _dataset(datatype: str) -> Dataset:
+    try:
+        return DATASETS[datatype]
+    except KeyError as error:
+        raise AnnotationError(error.args[0]) from error

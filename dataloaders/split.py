@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
 
@@ -31,10 +32,7 @@ class VideoClip:
 
 @dataclass(frozen=True)
 class Expected:
-    """Published counts of a split; None where none is published.
-
-    `published`: where there are several lists and the given one is none of them, the number of videos of each.
-    """
+    """Published counts of a split; `published`: those of all lists in videos, where the given one is none of them."""
 
     videos: int | None
     captions: int | None
@@ -52,9 +50,8 @@ def first_ids(ids: Iterable[str], limit: int = 5) -> str:
 class RetrievalSplit:
     """V unique videos, N captions and the index of each caption's video, checked on construction.
 
-    `caption_to_video` is int64 [N] with values in [0, V), stored read-only. `missing_videos` are ids that the
-    annotations list but `videos` no longer holds, `missing_captions` the number of their captions. Raises
-    AnnotationError naming dataset, split and first offending id.
+    `caption_to_video` is int64 [N] with values in [0, V), stored read-only. `missing_videos`, with `missing_captions`
+    in number, were listed but dropped. Raises AnnotationError naming dataset, split and first offending id.
     """
 
     dataset: str
@@ -73,24 +70,15 @@ class RetrievalSplit:
         index = given.astype(np.int64)  # a copy: the caller's array is not frozen with it
         index.flags.writeable = False
         object.__setattr__(self, "caption_to_video", index)
-        for field in ("videos", "captions", "missing_videos"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        self._check(index)
-
-    def _check(self, index: np.ndarray) -> None:
         if not self.videos:
             gone = f" ({len(self.missing_videos)} missing: {first_ids(self.missing_videos)})"
             raise self._error("no video is left" + (gone if self.missing_videos else ""))
         if len(index) != len(self.captions):
             raise self._error(f"{len(self.captions)} captions but {len(index)} entries in caption_to_video")
-        seen: set[str] = set()
-        for clip in self.videos:
-            if clip.video_id in seen:
-                raise self._error(f"video id {clip.video_id!r} occurs twice")
-            seen.add(clip.video_id)
-        outside = np.flatnonzero((index < 0) | (index >= len(self.videos)))
-        if outside.size:
-            n = int(outside[0])
+        ids = Counter(clip.video_id for clip in self.videos)
+        if len(ids) < len(self.videos):
+            raise self._error(f"video id {ids.most_common(1)[0][0]!r} occurs twice")
+        for n in np.flatnonzero((index < 0) | (index >= len(self.videos))).tolist():
             raise self._error(
                 f"caption {n} ({self.captions[n]!r}) points at video {index[n]}, there are {len(self.videos)}"
             )
@@ -98,12 +86,9 @@ class RetrievalSplit:
             # As CLIP's tokenizer cleans text: a caption of "&nbsp;" alone has no token.
             if not caption.strip() or ("&" in caption and not unescape(unescape(caption)).strip()):
                 raise self._error(f"caption {n} of video {self.videos[index[n]].video_id!r} is empty")
-        bare = np.flatnonzero(np.bincount(index, minlength=len(self.videos)) == 0)
-        if bare.size:
-            names = first_ids(self.videos[v].video_id for v in bare)
-            raise self._error(f"videos without a caption: {names}")
-        both = seen.intersection(self.missing_videos)
-        if both:
+        if bare := [clip.video_id for clip, count in zip(self.videos, self.captions_per_video) if not count]:
+            raise self._error(f"videos without a caption: {first_ids(bare)}")
+        if both := ids.keys() & self.missing_videos:
             raise self._error(f"videos both present and missing: {first_ids(sorted(both))}")
 
     def _error(self, message: str) -> AnnotationError:
@@ -128,47 +113,29 @@ class RetrievalSplit:
         Raises AnnotationError for an id that the split does not hold, and when no video would be left.
         """
         gone = set(video_ids)
-        unknown = sorted(gone - {clip.video_id for clip in self.videos})
-        if unknown:
+        if unknown := sorted(gone - {clip.video_id for clip in self.videos}):
             raise self._error(f"cannot drop videos it does not hold: {first_ids(unknown)}")
         if not gone:
             return self
         keep = np.array([clip.video_id not in gone for clip in self.videos])
-        new_index = np.cumsum(keep) - 1
         kept_captions = np.flatnonzero(keep[self.caption_to_video])
-        return RetrievalSplit(
-            dataset=self.dataset,
-            name=self.name,
+        return replace(
+            self,
             videos=tuple(clip for clip in self.videos if clip.video_id not in gone),
             captions=tuple(self.captions[n] for n in kept_captions),
-            caption_to_video=new_index[self.caption_to_video[kept_captions]],
-            expected=self.expected,
+            caption_to_video=(np.cumsum(keep) - 1)[self.caption_to_video[kept_captions]],
             missing_videos=(*self.missing_videos, *(c.video_id for c in self.videos if c.video_id in gone)),
             missing_captions=self.missing_captions + len(self.captions) - len(kept_captions),
         )
 
 
 def build_split(
-    dataset: str,
-    name: str,
-    captions_by_video: dict[VideoClip, Iterable[str]],
-    expected: Expected,
+    dataset: str, name: str, captions_by_video: Mapping[VideoClip, Sequence[str]], expected: Expected
 ) -> RetrievalSplit:
     """Flatten {clip: its captions} into a RetrievalSplit; captions keep order and lose outer white space.
 
     The captions of a video are consecutive. Raises AnnotationError as RetrievalSplit does.
     """
-    captions: list[str] = []
-    owners: list[int] = []
-    for video, texts in enumerate(captions_by_video.values()):
-        before = len(captions)
-        captions.extend(text.strip() for text in texts)
-        owners.extend([video] * (len(captions) - before))
-    return RetrievalSplit(
-        dataset=dataset,
-        name=name,
-        videos=tuple(captions_by_video),
-        captions=tuple(captions),
-        caption_to_video=np.array(owners, dtype=np.int64),
-        expected=expected,
-    )
+    captions = tuple(text.strip() for texts in captions_by_video.values() for text in texts)
+    owners = np.repeat(np.arange(len(captions_by_video)), [len(texts) for texts in captions_by_video.values()])
+    return RetrievalSplit(dataset, name, tuple(captions_by_video), captions, owners, expected)

@@ -1,242 +1,256 @@
-"""From options to a model with weights: the one place that joins options, checkpoints and modules."""
+"""From options and weight files to a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from checkpoints.download import OPENAI_CLIP, fetch_clip
-from checkpoints.merge import merge_clip, plain_clip_to_video, with_initial_parts
-from checkpoints.read import Checkpoint, CheckpointError, clip_sizes, load_strict, read_checkpoint
-from engine.options import ModelOptions
+from checkpoints.names import CLIP_PREFIX, PLAIN_CLIP, merge, parameter_name, split_towers
+from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_checkpoint, read_sidecar
+from engine.compat import COMPAT
+from engine.options import Options
 from engine.progress import log
-from modules.encoders.clip import ACTIVATIONS, CLIP, centred_in_time
-from modules.encoders.internvideo import VideoCLIP, video_clip_sizes
-from modules.heads import HEADS, Head, build_head
-from modules.heads.base import HeadOptions
+from modules.conventions import Conventions
+from modules.encoders import ENCODERS, Encoder
+from modules.heads import HEADS, INTERACTIONS, Head
+from modules.losses import LOSSES
 from modules.model import VideoTextModel
-from modules.optim import parameter_name
 
-CONV2D, CONV3D = "clip.visual.conv1.weight", "clip.visual.conv2.weight"  # patches of one frame, of three
-DRL_CROSS_HEADS = 8  # of DRL's cross encoder, whatever its width
+OPENAI_CONTEXT = 77  # tokens that OpenAI's CLIPs read
 
 
-def clip_path(options: ModelOptions) -> Path:
-    """The file of --pretrained_clip_name: a name to fetch, or a path."""
-    if options.pretrained_clip_name in OPENAI_CLIP:
-        return fetch_clip(options.pretrained_clip_name, options.cache_dir.expanduser())
-    path = Path(options.pretrained_clip_name).expanduser()
+@dataclass(frozen=True)
+class Weights:
+    """The file that a run starts from: resolved once, with what stands beside it.
+
+    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with.
+    """
+
+    flag: str
+    path: Path
+    clip: Weights | None = None
+
+    @cached_property
+    def sidecar(self) -> dict[str, Any]:
+        """What this project wrote beside the file; empty where there is nothing."""
+        return (read_sidecar(self.path) or {}) if self.path.exists() else {}
+
+    def read(self) -> Checkpoint:
+        """The tensors. Raises CheckpointError."""
+        return read_checkpoint(self.path, list(ENCODERS.values()))
+
+    def files(self) -> list[Path]:
+        return [self.path, *(self.clip.files() if self.clip else [])]
+
+    def what(self) -> str:
+        return f"of --{self.flag}" if self.path.exists() else "will be downloaded"
+
+
+def find_weights(options: Options, download: bool = True) -> Weights:
+    """The file that decides: of --finetuned_path, --init_model, the encoder's own, else --pretrained_clip_name.
+
+    Raises CheckpointError for a file that is not there. download: fetch a CLIP by name that is not in --cache_dir;
+    else its path is given as it will be.
+    """
+    model, encoder, own = options.model, ENCODERS[options.model.encoder], options.own["encoder"]
+    own_weights, merging = encoder.own_weights(own), encoder.merge_weight(own) is not None
+    for flag, path in (("finetuned_path", model.finetuned_path), ("init_model", model.init_model)):
+        if path is not None:
+            if own_weights or merging:
+                log.info("%s holds the whole model: --pretrained_path and --mergeclip have no effect", path)
+            return Weights(flag, existing(flag, path))
+    if own_weights:
+        flag, path = own_weights
+        return Weights(flag, existing(flag, path), find_clip(options, download) if merging else None)
+    return find_clip(options, download)
+
+
+def find_clip(options: Options, download: bool) -> Weights:
+    """The CLIP of --pretrained_clip_name: a name to fetch, or a path. Raises CheckpointError, DownloadError."""
+    flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
+    if name not in OPENAI_CLIP:
+        return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
+    check_max_words(options, OPENAI_CONTEXT)
+    folder = options.model.cache_dir.expanduser()
+    return Weights(flag, fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0])
+
+
+def existing(flag: str, path: Path, hint: str = "") -> Path:
+    path = path.expanduser()
     if not path.exists():
-        raise CheckpointError(
-            f"--pretrained_clip_name {path}: no such file, and not one of the names {', '.join(OPENAI_CLIP)}"
-        )
+        raise CheckpointError(f"--{flag} {path}: no such file{hint}")
     return path
 
 
-def weights_path(options: ModelOptions) -> Path:
-    """The file that decides: --finetuned_path, --init_model, --pretrained_path, else --pretrained_clip_name."""
-    for flag in ("finetuned_path", "init_model", "pretrained_path"):
-        path = getattr(options, flag)
-        if path is not None:
-            if not path.expanduser().exists():
-                raise CheckpointError(f"--{flag} {path}: no such file")
-            return path.expanduser()
-    return clip_path(options)
+def check_max_words(options: Options, most: int) -> None:
+    if options.data.max_words > most:
+        raise ValueError(f"--max_words must be at most {most} for this CLIP, got {options.data.max_words}")
 
 
-def choose_activation(options: ModelOptions, checkpoint: Checkpoint, path: Path) -> str:
-    """The activation the file tells, or the one asked for. Raises CheckpointError when neither says."""
-    if options.activation != "auto":
-        if checkpoint.activation not in (None, options.activation):
-            log.warning(
-                "%s looks like %s (%s); using --activation %s as asked",
-                path,
-                checkpoint.activation,
-                checkpoint.activation_reason,
-                options.activation,
-            )
-        return options.activation
-    if checkpoint.activation is None:
-        raise CheckpointError(
-            f"{path} does not tell which activation it was trained with ({checkpoint.activation_reason}); "
-            f"give --activation {' or '.join(ACTIVATIONS)}: OpenAI's weights use quick_gelu, most others gelu"
-        )
-    return checkpoint.activation
+def build_model(options: Options, weights: Weights) -> VideoTextModel:
+    """Model on the CPU in float32 with its weights. A checkpoint may lack a head only to train it anew.
 
-
-def head_options(options: ModelOptions, max_words: int = 0, max_frames: int = 0) -> HeadOptions:
-    """What the flags mean for a head; where the sources differ from what is right, ``--compat`` decides.
-
-    max_words, max_frames: what the sources' loaders fill captions and clips to.
+    Raises CheckpointError or ValueError for a wrong file, naming what it looks like; logs what was recognised.
     """
-    return HeadOptions(
-        num_layers=options.cross_num_hidden_layers,
-        normalize_frames=options.compat != "internvideo",
-        cross_heads=DRL_CROSS_HEADS if options.compat == "drl" else None,
-        interaction=options.interaction,
-        wti_arch=options.wti_arch,
-        mask_padding=options.compat not in ("internvideo", "drl"),
-        projected_tokens=not options.clip_evl,
-        source_words=max_words,
-        source_frames=max_frames,
-        cdcr=options.cdcr,
-        cdcr_alpha1=options.cdcr_alpha1,
-        cdcr_alpha2=options.cdcr_alpha2,
+    model, compat = options.model, COMPAT[options.model.compat]
+    conventions = replace(
+        compat.conventions, source_words=options.data.max_words, source_frames=options.data.max_frames
     )
-
-
-def scales_evaluation(options: ModelOptions) -> bool:
-    """Whether evaluation includes the logit scale: DRL leaves it out, InternVideo with ti and wti (DSL shows it)."""
-    return options.compat != "drl" and not (options.compat == "internvideo" and options.interaction != "no")
-
-
-def refuse_foreign_tensors(head: Head, tensors: dict[str, Tensor], path: Path, options: ModelOptions) -> None:
-    """Raises CheckpointError, with the option to give, when the file holds parts that the chosen model has not."""
-    known = ("clip.", *head.checkpoint_prefixes)
-    foreign = tuple(key for key in tensors if not key.startswith(known))
-    chosen, hint = f"--sim_header {options.sim_header}", ""
-    if not foreign and CONV3D in tensors and options.linear_patch != "3d":
-        foreign, chosen, hint = (CONV3D,), "--linear_patch 2d", "--linear_patch 3d"
-    if not foreign:
-        return
-    owners = [
-        name
-        for name, h in HEADS.items()
-        if h.checkpoint_prefixes and all(key.startswith(h.checkpoint_prefixes) for key in foreign)
-    ]
-    if owners:
-        hint = f"--sim_header {owners[0]}"
-    elif any(key.startswith("text_weight_fc.") for key in foreign):
-        chosen, hint = f"--interaction {options.interaction}", "--interaction wti"
-    raise CheckpointError(
-        f"{path} holds {len(foreign)} tensors that {chosen} does not have, "
-        f"such as {foreign[0]}{hint and f'; give {hint}'}"
-    )
-
-
-def missing_head_parts(head: Head, tensors: dict[str, Tensor]) -> list[str]:
-    """The parts of a head, by prefix, of which the file has nothing at all."""
-    return [prefix for prefix in head.checkpoint_prefixes if not any(key.startswith(prefix) for key in tensors)]
-
-
-def starting_tensors(head: Head, tensors: dict[str, Tensor], temporal_patch: bool) -> dict[str, Tensor]:
-    """`tensors` and start values for the parts of the model that the file lacks: from CLIP, else at random.
-
-    A part of which the file has something stays as it is there: strict loading then names what is missing.
-    """
-    missing = tuple(missing_head_parts(head, tensors)) or ("\0",)
-    clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
-    random = {parameter_name(k): v for k, v in head.state_dict().items()}
-    start = random | head.init_from_clip(clip, head.options)
-    whole = tensors | {k: v.clone() for k, v in start.items() if k.startswith(missing)}
-    if temporal_patch and CONV3D not in whole:
-        whole[CONV3D] = centred_in_time(whole[CONV2D])
-    return whole
-
-
-def read_tower(options: ModelOptions) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """The file that decides and its tensors, made ready for the chosen kind of tower and merged if asked."""
-    path = weights_path(options)
-    checkpoint = read_checkpoint(path)
-    tensors, video = checkpoint.tensors, is_video(checkpoint.tensors)
-    if not options.clip_evl:
-        if video:
-            raise CheckpointError(f"{path} holds InternVideo's video tower; give --clip_evl")
-        return checkpoint, tensors
-    if not video:
-        if options.finetuned_path:
-            raise CheckpointError(f"{path} holds a plain CLIP, without InternVideo's video tower; leave --clip_evl out")
-        tensors = plain_clip_to_video(tensors) | checkpoint.head_tensors
-    if options.mergeclip and path == expanded(options.pretrained_path):
-        clip = read_checkpoint(clip_path(options))
-        tensors = merge_clip(tensors, clip.tensors, options.mergeweight)
-    elif options.mergeclip or (options.pretrained_path and path != expanded(options.pretrained_path)):
-        log.info("%s holds the whole model: --pretrained_path and --mergeclip play no part", path)
-    return checkpoint, tensors
-
-
-def expanded(path: Path | None) -> Path | None:
-    return path and path.expanduser()
-
-
-def is_video(tensors: dict[str, Tensor]) -> bool:
-    return tensors[CONV2D].ndim == 5
-
-
-def build_clip(options: ModelOptions, tensors: dict[str, Tensor], activation: str, path: Path) -> tuple[CLIP, dict]:
-    """The two towers for `tensors`, and `tensors` with what the video tower adds to a plain CLIP."""
-    if not options.clip_evl:
-        return CLIP(clip_sizes(tensors), activation, temporal_patch=options.linear_patch == "3d"), tensors
-    clip = VideoCLIP(video_clip_sizes(tensors), activation)
-    initial = {f"clip.{k}": v for k, v in clip.state_dict().items()}
-    return clip, tensors if options.finetuned_path else with_initial_parts(tensors, initial, str(path))
-
-
-def build_model(
-    options: ModelOptions, max_words: int = 0, max_frames: int = 0, to_train: bool = False
-) -> tuple[VideoTextModel, Path]:
-    """Model on the CPU in float32 with its weights, and the file they came from.
-
-    max_words, max_frames: what the sources' loaders fill captions and clips to, which counts under ``--compat``.
-    to_train: a retrieval checkpoint may lack a head, which then starts anew; what is only evaluated must be whole.
-    Raises CheckpointError for a wrong file, naming what it looks like; prints what was recognised.
-    """
-    checkpoint, tensors = read_tower(options)
-    path = checkpoint.path
-    activation = choose_activation(options, checkpoint, path)
-    in_file = tensors.keys()
-    clip, tensors = build_clip(options, tensors, activation, path)
-    new_parts = frozenset(tensors.keys() - in_file)
-    sizes = clip.sizes
-    head = build_head(options.sim_header, sizes, head_options(options, max_words, max_frames))
-    tensors = without_ignored(tensors, head)
-    refuse_foreign_tensors(head, tensors, path, options)
-    if options.finetuned_path or (options.init_model and not to_train):
-        absent = missing_head_parts(head, tensors)
-        if absent:
-            wanted = "--interaction wti" if "text_weight_fc." in absent else f"--sim_header {options.sim_header}"
-            raise CheckpointError(
-                f"{path} holds no weights for {wanted} ({', '.join(absent)}*); give the options it was trained with"
-            )
-        if options.linear_patch == "3d" and CONV3D not in tensors:
-            raise CheckpointError(f"{path} holds no {CONV3D}: it was trained with --linear_patch 2d")
-    source_frames = max_frames if options.clip_evl and options.compat == "internvideo" else None
-    model = VideoTextModel(clip, head, scales_evaluation(options), source_frames, options.cdcr_lambda)
-    model.new_parts = new_parts
-    new = missing_head_parts(head, tensors)
-    if new:
-        log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, "*, ".join(new))
-    tensors = starting_tensors(head, tensors, options.linear_patch == "3d")
-    load_weights(model, tensors, str(path))
-    log.info("weights: %s: %s; %s (%s)", path, checkpoint.kind, activation, checkpoint.activation_reason)
+    checkpoint = weights.read()
+    rest = split_towers(checkpoint.tensors)[1]
+    try:
+        encoder, towers, new = build_encoder(options, weights, checkpoint, conventions)
+        head = build_head(options, encoder, conventions, weights.sidecar, rest)
+    except ValueError as error:
+        raise CheckpointError(f"{weights.path}: {error}") from error
+    check_max_words(options, encoder.head_sizes.context_length)
+    loss = LOSSES[model.loss](options.own["loss"])
+    scaled = compat.scales_cosines if model.interaction == "no" else compat.scales_tokens
+    built = VideoTextModel(encoder, head, loss, scaled)
+    built.new_parts = frozenset(CLIP_PREFIX + name for name in new)
+    rest = tensors_of_head(options, built, towers, rest, weights.path)
+    load_weights(built, {CLIP_PREFIX + k: v for k, v in towers.items()} | rest, str(weights.path))
+    reason = checkpoint.activation_reason
+    log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
     log.info(
-        "model: %s %d wide x %d layers, patch %d at %d px; text %d wide x %d layers; head %s, interaction %s; "
-        "%.1f M parameters",
-        "InternVideo's video tower" if options.clip_evl else "ViT",
-        sizes.vision_width,
-        sizes.vision_layers,
-        sizes.patch_size,
-        sizes.image_resolution,
-        sizes.text_width,
-        sizes.text_layers,
-        options.sim_header,
-        options.interaction,
-        sum(p.numel() for p in model.parameters()) / 1e6,
+        "model: %s, %s; head %s, interaction %s, loss %s; %.1f M parameters",
+        encoder.title,
+        ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items()),
+        model.sim_header,
+        model.interaction,
+        model.loss,
+        sum(p.numel() for p in built.parameters()) / 1e6,
     )
-    return model, path
+    return built
 
 
-def without_ignored(tensors: dict[str, Tensor], head: Head) -> dict[str, Tensor]:
-    """`tensors` less those that a source stores beside this head without ever using them; their number is logged."""
-    kept = {k: v for k, v in tensors.items() if not (head.ignored_prefixes and k.startswith(head.ignored_prefixes))}
-    if len(kept) < len(tensors):
-        log.warning(
-            "%d tensors of %s* play no part in this model and are left out",
-            len(tensors) - len(kept),
-            "*, ".join(head.ignored_prefixes),
+def build_encoder(
+    options: Options, weights: Weights, checkpoint: Checkpoint, conventions: Conventions
+) -> tuple[Encoder, dict[str, Tensor], list[str]]:
+    """The encoder, the tensors to load into it (without ``clip.``), and the names that no file holds a value for."""
+    chosen, own, path = ENCODERS[options.model.encoder], options.own["encoder"], checkpoint.path
+    held = ENCODERS[checkpoint.encoder]
+    if held.name != PLAIN_CLIP and not issubclass(chosen, held):
+        raise CheckpointError(f"{path} holds {held.title}; give {held.chosen_by}")
+    found = split_towers(checkpoint.tensors)[0]
+    towers = chosen.adapted(found)
+    merge_weight = chosen.merge_weight(own)
+    if weights.clip is not None and merge_weight is not None:
+        clip = chosen.adapted(split_towers(weights.clip.read().tensors)[0])
+        kept = (*chosen.renamed.values(), *chosen.own_parts)
+        towers = merge(towers, clip, merge_weight, kept)
+        log.info("--mergeclip: %g x CLIP + %g x %s, but of %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
+    activation = choose_activation(options.model.activation, checkpoint)
+    encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
+    start = missing_own_parts(encoder, found)
+    if start and options.model.finetuned_path:
+        asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
+        raise CheckpointError(f"{path} holds no clip.{min(start)}: it was not trained with {' '.join(asked)}")
+    derived = encoder.start_values(towers) if start else {}
+    new = [name for name in start if name not in derived]
+    if new:
+        names = ", ".join(f"clip.{name}" for name in new)
+        log.warning("%s is not trained with %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
+    return encoder, towers | start | derived, new
+
+
+def missing_own_parts(encoder: Encoder, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the encoder's own parts, those to start anew, as they are in a new model. found: the tensors of the file.
+
+    All or none: a file that lacks only some of them is damaged, which strict loading then reports.
+    """
+    own = {
+        name: parameter.detach()
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad and name.startswith(encoder.own_parts)
+    }
+    return {} if own.keys() & found.keys() else own
+
+
+def choose_activation(wanted: str, checkpoint: Checkpoint) -> str:
+    """The activation the file tells, or the one asked for. Raises CheckpointError when neither says."""
+    path, told, reason = checkpoint.path, checkpoint.activation, checkpoint.activation_reason
+    if wanted != "auto":
+        if told not in (None, wanted):
+            log.warning("%s looks like %s (%s); using --activation %s as asked", path, told, reason, wanted)
+        return wanted
+    if told is None:
+        raise CheckpointError(
+            f"{path} does not tell which activation it was trained with ({reason}); give --activation quick_gelu or "
+            "gelu: OpenAI's weights use quick_gelu, most others gelu"
         )
-    return kept
+    return told
+
+
+def build_head(
+    options: Options,
+    encoder: Encoder,
+    conventions: Conventions,
+    sidecar: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Head:
+    """The head of --sim_header; with --interaction its frames meet the text tokens.
+
+    Options that weights do not show come from the command line, else from the sidecar. Raises ValueError where a file
+    from elsewhere holds the head and nobody says.
+    """
+    head, interaction, own = HEADS[options.model.sim_header], options.model.interaction, options.own["sim_header"]
+    stored = sidecar.get("head_options", {})
+    for field in fields(own):
+        if field.metadata.get("not_in_weights") and field.name not in options.given:
+            if field.name in stored:
+                own = replace(own, **{field.name: stored[field.name]})
+            elif not sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
+                raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
+    built = head(encoder.head_sizes, own, conventions)
+    return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
+
+
+def tensors_of_head(
+    options: Options, model: VideoTextModel, towers: Mapping[str, Tensor], rest: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """The tensors of head and loss: of `rest`, which the file holds beside the encoder's, else their start values.
+
+    A part, by its prefix, of which the file has something stays as it is there: strict loading names what is missing.
+    Raises CheckpointError, with the option to give, for parts of which the model has none, and for missing ones that
+    are not to be trained.
+    """
+    head, loss, chosen = model.head, model.criterion, options.model
+    kept = {key: value for key, value in rest.items() if not key.startswith(head.ignored_prefixes)}
+    if len(kept) < len(rest):
+        left_out = "*, ".join(head.ignored_prefixes)
+        log.warning("%d tensors of %s* have no use in this model and are left out", len(rest) - len(kept), left_out)
+    parts = (*head.checkpoint_prefixes, *loss.checkpoint_prefixes)
+    kinds = ((HEADS, chosen.sim_header), (INTERACTIONS, chosen.interaction), (LOSSES, chosen.loss))
+    foreign = [key for key in kept if not key.startswith(parts)]
+    if foreign:
+        fitting = [
+            (f"--{registry.flag} {now}", f"; give --{registry.flag} {name}")
+            for registry, now in kinds
+            for name in registry
+            if all(key.startswith(registry[name].checkpoint_prefixes) for key in foreign)
+        ]
+        without, hint = fitting[0] if fitting else (f"--sim_header {chosen.sim_header}", "")
+        raise CheckpointError(
+            f"{path} holds {len(foreign)} tensors that {without} does not have, such as {foreign[0]}{hint}"
+        )
+    added = tuple(part for part in parts if not any(key.startswith(part) for key in kept))
+    if not added:
+        return kept
+    names = "*, ".join(added)
+    if chosen.finetuned_path or (chosen.init_model and not options.run.do_train):
+        wanted = next(f"--{r.flag} {now}" for r, now in kinds if now in r and added[0] in r[now].checkpoint_prefixes)
+        raise CheckpointError(f"{path} holds no weights for {wanted} ({names}*); give the options it was trained with")
+    log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, names)
+    start = {**head.state_dict(), **loss.state_dict()}
+    start = {parameter_name(key): value for key, value in start.items()} | head.init_from_clip(towers)
+    return kept | {key: value.clone() for key, value in start.items() if key.startswith(added)}
 
 
 def checkpoint_tensors(model: VideoTextModel) -> dict[str, Tensor]:
@@ -244,7 +258,13 @@ def checkpoint_tensors(model: VideoTextModel) -> dict[str, Tensor]:
     return {parameter_name(k): v.detach().cpu() for k, v in model.state_dict().items()}
 
 
-def load_weights(model: VideoTextModel, tensors: dict[str, Tensor], source: str) -> None:
+def load_weights(model: VideoTextModel, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put tensors under CLIP4Clip's names into `model`. Raises CheckpointError naming `source` when they do not fit."""
     names = {parameter_name(name): name for name in model.state_dict()}
     load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)
+
+
+def head_options(model: VideoTextModel) -> dict[str, Any]:
+    """The options of head and interaction, for a sidecar."""
+    head = model.head
+    return {**(asdict(head.temporal.options) if hasattr(head, "temporal") else {}), **asdict(head.options)}

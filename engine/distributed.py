@@ -1,28 +1,29 @@
-"""Everything that concerns several processes; the only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM_*.
+"""Several processes: launching, ranks, devices and collectives.
 
-With one process every function here is the identity.
+The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM_*. With one process every collective is the identity. Tensors
+travel over NCCL on CUDA and over gloo on the CPU; integers and objects always over gloo, so they wait for no kernel.
+A rank that fails leaves with its traceback. Ending the others is the launcher's work (torchrun's agent, or
+``srun --kill-on-bad-exit=1``); where there is none, they fail at their next collective, at the latest by its time-out.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-import time
-import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NoReturn
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from engine.rank_watch import GRACE_SECONDS, RankWatch, leave
+from modules.representation import Representation, as_float32, as_parts, each, pad_to
 
 MEETING_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank may wait this long for one that writes a checkpoint or compiles
-_watch: list[RankWatch] = []  # the watch of this process; empty when it is alone
 
 
 @dataclass(frozen=True)
@@ -90,26 +91,32 @@ def choose_device(name: str, place: Place) -> torch.device:
             "processes on this host, or use --device cpu"
         )
     torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, also in the patch convolution
     return torch.device("cuda", index)
 
 
 def setup(device: str) -> World:
-    """Read the launcher's environment, choose the device, join the other ranks: NCCL on CUDA, gloo on the CPU.
+    """Read the launcher's environment, choose the device, join the other ranks.
 
-    Raises ValueError when the device is not there or the others cannot be met.
+    Raises ValueError when the device is not there, the others cannot be met, or have another kind of device.
     """
     place = read_place(os.environ)
     if place.size == 1:
         return World(0, 1, choose_device(device, place))
     for name, value in place.meeting_point.items():
         os.environ.setdefault(name, value)
-    store = _meet(place)
-    # The watch first: a rank whose device is not there must not keep the others waiting.
-    _watch.append(RankWatch(dist.PrefixStore("watch", store), place.rank, place.size))
-    chosen = choose_device(device, place)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=MEETING_TIMEOUT))
+        chosen = same_kind_of_device(device, place, store)
+    except dist.DistError as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"rank {place.rank} did not meet the other {place.size - 1} processes at {where}: {error}. "
+            "Were all of them started, and is the port free?"
+        ) from error
     on_cuda = chosen.type == "cuda"
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.size,
@@ -119,51 +126,137 @@ def setup(device: str) -> World:
     return World(place.rank, place.size, chosen)
 
 
-def _meet(place: Place) -> dist.Store:
+def same_kind_of_device(name: str, place: Place, store: dist.Store) -> torch.device:
+    """This rank's device. Raises ValueError naming the ranks that chose another kind, or have none."""
+    chosen = None
     try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=MEETING_TIMEOUT))
-    except (dist.DistError, ValueError) as error:
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        chosen = choose_device(name, place)
+    finally:  # a rank without a device tells the others, which would wait for it
+        store.set(f"device of rank {place.rank}", chosen.type if chosen else "none")
+    kinds = [store.get(f"device of rank {rank}").decode() for rank in range(place.size)]
+    most = max(("cuda", "cpu"), key=kinds.count)
+    odd = [f"rank {rank}: {kind}" for rank, kind in enumerate(kinds) if kind != most]
+    if odd:
         raise ValueError(
-            f"rank {place.rank} did not meet the other {place.size - 1} processes at {where}: {error}. "
-            "Were all of them started, and is the port free?"
-        ) from error
-    return store
+            f"--device {name}: the ranks must have the same kind of device; most have {most}, but {', '.join(odd)}. "
+            "Check the driver on the hosts of those, or use --device cpu"
+        )
+    return chosen
 
 
 def shutdown() -> None:
-    """Leave together with the others, if there are any; whoever is first waits, still watching."""
-    if dist.is_initialized():
-        dist.barrier()
-        while _watch:
-            _watch.pop().stop()
+    """Leave together with the others, if there are any."""
+    if in_company():
+        barrier()
         dist.destroy_process_group()
 
 
 def in_company() -> bool:
     """Whether other ranks have been met and not left yet."""
-    return bool(_watch)
+    return dist.is_initialized()
 
 
-def fail(error: Exception) -> NoReturn:
-    """End all ranks because of `error`, showing this rank's traceback unless another rank failed first."""
-    watch = _watch[0]
-    who = f"rank {watch.rank} of {watch.size}"
-    # Torch reports a lost peer as RuntimeError; ask why it was lost before blaming this rank.
-    elsewhere = watch.failure_elsewhere(GRACE_SECONDS) if isinstance(error, RuntimeError) else None
-    if elsewhere:
-        leave(f"{who} ends: {elsewhere}")
-    _tell_and_leave(f"{who} failed: {type(error).__name__}: {error}", "".join(traceback.format_exception(error)), 1)
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block first, the others after it: for what one process should do, like a download."""
+    follows = in_company() and dist.get_rank() > 0
+    if follows:
+        barrier()
+    yield
+    if not follows:
+        barrier()
 
 
-def stop_all(reason: str, status: int) -> NoReturn:
-    """End all ranks because this one was asked to stop."""
-    _tell_and_leave(f"rank {_watch[0].rank} was {reason}", "", status)
+def agree(*values: int) -> Tensor:
+    """A few integers of every rank: int64 [W, n], in rank order, on the CPU."""
+    mine = torch.tensor([values], dtype=torch.int64)
+    if not in_company():
+        return mine
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.cat(everyone)
 
 
-def _tell_and_leave(what: str, more: str, status: int) -> NoReturn:
-    print(what, more, sep="\n" if more else "", file=sys.stderr, flush=True)
-    _watch[0].report(what)
-    if _watch[0].rank == 0:
-        time.sleep(GRACE_SECONDS)  # this process may hold the store: the others have to read the report first
-    leave("", status)
+def barrier() -> None:
+    agree(0)
+
+
+def gather_objects(value: object) -> list:
+    """The value of every rank, in rank order; for small picklable things, and not within a step."""
+    if not in_company():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(x: Representation, counts: Sequence[int]) -> Representation:
+    """Concatenate `x` of all ranks along dim 0, in rank order: a tensor [n, ...] or a tuple of such.
+
+    counts: every rank's n, known from :func:`agree`; the other sizes are the same on all ranks. Floating tensors become
+    float32 on the way, as their gradients are summed over the ranks. Differentiable, and exact under
+    DistributedDataParallel: every rank computes the same whole-batch loss from the result, the backward pass sums the
+    ranks' gradients into the local rows, and DDP's division by the number of ranks makes of it the gradient that one
+    process would compute on the whole batch.
+    """
+    return each(as_float32(x), partial(_gather_part, counts=counts)) if in_company() else x
+
+
+def _gather_part(part: Tensor, counts: Sequence[int]) -> Tensor:
+    padded = pad_to(part, (max(counts), *part.shape[1:]))
+    # Not every backend moves booleans.
+    rows = _AllGather.apply(padded.byte() if part.dtype == torch.bool else padded).to(part.dtype)
+    return torch.cat([share[:n] for share, n in zip(rows.split(max(counts)), counts)])
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks, equally many each; backward sums over the ranks what each asks of the local rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def same_sizes(x: Representation | None, device: torch.device) -> Representation:
+    """`x` padded with zeros to the largest sizes on any rank, dim 0 excepted, as :func:`gather_rows` wants it.
+
+    A rank without any item gives None and gets a representation of no items on `device`.
+    """
+    mine = None if x is None else (isinstance(x, tuple), [(tuple(p.shape[1:]), p.dtype) for p in as_parts(x)])
+    known = [kind for kind in gather_objects(mine) if kind is not None]
+    if not known:
+        raise ValueError("nothing to gather: no rank has an item")
+    is_tuple, first = known[0]
+    parts = as_parts(x) if x is not None else [torch.empty(0, *shape, dtype=d, device=device) for shape, d in first]
+    shapes = zip(*([shape for shape, _ in kind] for _, kind in known))  # of each part on all ranks
+    largest = [[max(sizes) for sizes in zip(*part)] for part in shapes]
+    padded = tuple(pad_to(part, (len(part), *sizes)) for part, sizes in zip(parts, largest))
+    return padded if is_tuple else padded[0]
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the ranks, all in one collective: what DDP does piece by piece."""
+    if not in_company():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values."""
+    if in_company():
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), src=0)

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.distributed import World
-from engine.gather import gather_objects, gather_rows
+from dataloaders.registry import QueryBank
+from dataloaders.split import RetrievalSplit
+from engine.compat import COMPAT
+from engine.data import Loaders
+from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
 from engine.progress import log, progress
-from modules.metrics import Metrics, format_metrics, retrieval_metrics
-from modules.model import MEMORY_MB, VideoTextModel
+from modules.metrics import Metrics, retrieval_metrics
+from modules.model import VideoTextModel
 from modules.representation import Representation, as_float32, concat, count, take
-
-__all__ = ["DataError", "Evaluation", "autocast", "evaluate", "format_metrics"]
 
 
 class DataError(ValueError):
     """The data cannot give trustworthy numbers; the message says what is wrong and what to do."""
-
-
-class Split(Protocol):
-    """What evaluation needs of a split (see dataloaders/split.py)."""
-
-    dataset: str
-    name: str
-    videos: tuple
-    captions: tuple[str, ...]
-    caption_to_video: np.ndarray
-    missing_videos: tuple[str, ...]
-
-    def drop(self, video_ids: Iterable[str]) -> Split: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class Evaluation:
     """
 
     similarity: Tensor
-    split: Any
+    split: RetrievalSplit
     metrics: Metrics
     seconds: float
     scale: float = 1.0
@@ -65,10 +52,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> tuple[Tensor, Representation]:
     """Batches of all ranks -> (index sorted ascending, items in that order)."""
-    local_index = torch.cat(index).to(device) if index else torch.empty(0, dtype=torch.long, device=device)
-    all_index = gather_rows(local_index).cpu()
+    local_index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
+    counts = agree(len(local_index))[:, 0].tolist()
+    all_index = gather_rows(local_index, counts)
     order = all_index.argsort()
-    items = gather_rows(concat(rows) if rows else None, device)
+    items = gather_rows(same_sizes(concat(rows) if rows else None, device), counts)
     return all_index[order], take(items, order.to(device))
 
 
@@ -86,13 +74,14 @@ def encode_videos(
                 rows.append(as_float32(model.encode_video(frames, mask)))
             index.append(batch.index)
     everywhere = [failure for part in gather_objects(failures) for failure in part]
-    if not any(gather_objects(bool(index))):
-        listed = "\n".join(f"  {message}" for _, message in sorted(everywhere)[:5])
-        raise DataError(
-            f"none of the {len(everywhere)} videos can be read, the first:\n{listed}\nRepair them, or give "
-            "another --features_path"
-        )
+    if not agree(len(index)).any():
+        listed = first_messages(everywhere)
+        raise DataError(f"none of the {len(everywhere)} videos can be read{listed}\nGive another --features_path")
     return *in_order(index, rows, world.device), everywhere
+
+
+def first_messages(failures: list[tuple[str, str]]) -> str:
+    return ", the first:\n" + "\n".join(f"  {message}" for _, message in sorted(failures)[:5])
 
 
 def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:
@@ -107,61 +96,53 @@ def encode_captions(model: VideoTextModel, batches: Iterable, world: World, prec
 
 def score(model: VideoTextModel, text: Representation, video: Representation, world: World, memory_mb: float) -> Tensor:
     """Similarities float32 [N, V] on the CPU of every rank. Where each pair costs, the ranks share the texts."""
+    show = partial(progress, description="similarity blocks", enabled=world.is_main)
     if world.size == 1 or model.head.separable:
-        return model.similarity(text, video, memory_mb, show=world.is_main)
-    n = count(text)
-    mine = slice(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    part = model.similarity(take(text, mine), video, memory_mb, show=world.is_main)
-    return gather_rows(part.to(world.device)).cpu()
+        return model.similarity(text, video, memory_mb, show)
+    bounds = [count(text) * rank // world.size for rank in range(world.size + 1)]
+    mine = slice(*bounds[world.rank : world.rank + 2])
+    part = model.similarity(take(text, mine), video, memory_mb, show)
+    return gather_rows(part, [end - start for start, end in zip(bounds, bounds[1:])])
 
 
-def without_failures(split: Split, failures: list[tuple[str, str]], allow_missing: bool) -> Split:
+def without_failures(split: RetrievalSplit, failures: list[tuple[str, str]], allow_missing: bool) -> RetrievalSplit:
     """The split less its unreadable videos. Raises DataError naming them unless `allow_missing`."""
     if not failures:
         return split
-    listed = "\n".join(f"  {message}" for _, message in sorted(failures)[:5])
     count = f"{len(failures)} of {len(split.videos)} videos of {split.dataset} {split.name} cannot be read"
     if not allow_missing:
         raise DataError(
-            f"{count}, the first:\n{listed}\nRepair them, or give --allow_missing to evaluate without "
-            "them (a smaller gallery raises recall; results.json will say so)"
+            f"{count}{first_messages(failures)}\nRepair them, or give --allow_missing to evaluate without them (a "
+            "smaller gallery raises recall; results.json will say so)"
         )
-    log.warning("%s and are left out (--allow_missing), the first:\n%s", count, listed)
+    log.warning("%s and are left out (--allow_missing)%s", count, first_messages(failures))
     return split.drop(video_id for video_id, _ in failures)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: VideoTextModel,
-    split: Split,
-    video_batches: Iterable,
-    caption_batches: Callable[[Split], Iterable],
-    world: World,
-    precision: str,
-    allow_missing: bool = False,
-    same_dsl_axis: bool = False,
-    memory_mb: float = MEMORY_MB,
-    bank_batches: Iterable | None = None,
+    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, bank: QueryBank | None = None
 ) -> Evaluation:
-    """Score every caption of `split` against every video of it.
+    """Score every caption of `split`, and of QB-Norm's `bank`, against every video of the split.
 
-    video_batches: this rank's share of the videos. caption_batches: gives this rank's share of a split's captions.
-    memory_mb: for a block of pairs, see VideoTextModel.similarity. bank_batches: this rank's share of QB-Norm's bank.
-    Raises DataError when videos cannot be read, unless `allow_missing`.
+    Raises DataError when videos cannot be read, unless --allow_missing.
     """
-    began = time.perf_counter()
-    was_training = model.training
+    began, was_training = time.perf_counter(), model.training
+    options, world = loaders.options, loaders.world
+    precision = options.run.precision
     model.eval()
-    order, video, failures = encode_videos(model, video_batches, world, precision)
-    scored = without_failures(split, failures, allow_missing)
+    order, video, failures = encode_videos(model, loaders.videos(split), world, precision)
+    scored = without_failures(split, failures, options.data.allow_missing)
     if len(order) != len(scored.videos):
         raise RuntimeError(f"{len(order)} videos were encoded where {len(scored.videos)} were expected")
-    text = encode_captions(model, caption_batches(scored), world, precision)
-    similarity, bank = score(model, text, video, world, memory_mb), None
-    if bank_batches is not None:
-        bank = score(model, encode_captions(model, bank_batches, world, precision), video, world, memory_mb)
-    same_axis = same_dsl_axis and len(scored.captions) > len(scored.videos)
+
+    def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
+        text = encode_captions(model, loaders.captions(captions), world, precision)
+        return score(model, text, video, world, options.run.similarity_memory_mb)
+
+    similarity, of_bank = compare(scored), compare(bank) if bank else None
+    same_axis = COMPAT[options.model.compat].same_dsl_axis and len(scored.captions) > len(scored.videos)
     scale = float(model.evaluation_scale())
-    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, bank, scale, scored.captions)
+    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, of_bank, scale, scored.captions)
     model.train(was_training)
-    return Evaluation(similarity, scored, metrics, time.perf_counter() - began, scale, same_axis, bank)
+    return Evaluation(similarity, scored, metrics, time.perf_counter() - began, scale, same_axis, of_bank)

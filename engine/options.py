@@ -1,109 +1,103 @@
-"""Every flag, declared once: a field of a frozen dataclass is a flag of the same name.
+"""Every flag: the groups below and those that the plug-ins bring, gathered, checked and resolved once.
 
-:func:`parse_options` reads the command line, checks every value and every combination before anything is loaded, and
-returns :class:`Options`. Functions elsewhere take the group they need.
+A field of a frozen dataclass is a flag of the same name and carries the range of its values. :func:`parse_options`
+checks every value and every combination before anything is loaded; functions elsewhere take the group they need.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.options_check import check, refuse_dead_flags
+from dataloaders.registry import DATASETS
+from dataloaders.video.rules import RULES
+from engine.compat import COMPAT
+from modules.encoders import ENCODERS
+from modules.heads import HEADS, INTERACTIONS
+from modules.losses import LOSSES
+from plugins import Registry, above, add_flags, at_least, flag, from_flags, options_of, out_of_range
 
-DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")
-FALSE_WORDS, TRUE_WORDS = ("false", "no", "off", "0"), ("true", "yes", "on", "1")
+AUTO = Path("auto")  # --resume_model auto
+REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
 
-
-def parse_bool(text: str) -> bool:
-    """``--flag``, ``--flag=true`` and ``--flag=False`` mean what they say."""
-    if text.lower() in TRUE_WORDS + FALSE_WORDS:
-        return text.lower() in TRUE_WORDS
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-
-
-def flag(default: Any, help: str, *, type: type | None = None, **more: Any) -> Any:
-    """A dataclass field that is a command-line flag; a bool default makes a truthful switch."""
-    if isinstance(default, bool):
-        more |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-    else:
-        more["type"] = type or default.__class__
-    return dataclasses.field(default=default, metadata={"help": help, **more})
+# Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
+DEAD_FLAGS = dict.fromkeys(
+    "do_pretrain lr_decay video_dim margin hard_negative_rate negative_weighting n_pair text_num_hidden_layers "
+    "visual_num_hidden_layers use_mil sampled_use_mil do_lower_case fp16_opt_level task_type world_size "
+    "rank".split(),
+    "had no effect in the source projects and does not exist here; leave it out",
+) | {
+    "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
+    "use_dsl": "DSL is always reported beside the raw metrics; leave it out",
+}
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """What is read and how clips become frames."""
 
-    datatype: str = flag("msrvtt", "dataset", choices=DATATYPES)
-    data_path: Path | None = flag(None, "annotations: MSRVTT_data.json for msrvtt, a folder for the others", type=Path)
+    datatype: str = flag("msrvtt", f"dataset: {', '.join(DATASETS)}")
+    data_path: Path | None = flag(None, "annotations: a folder, for msrvtt the file MSRVTT_data.json", type=Path)
     features_path: Path | None = flag(None, "folder that holds the video files", type=Path)
-    train_csv: Path | None = flag(None, "msrvtt: list of training ids (MSRVTT_train.9k.csv)", type=Path)
-    val_csv: Path | None = flag(None, "msrvtt: list of test clips (MSRVTT_JSFUSION_test.csv)", type=Path)
-    expand_msrvtt_sentences: bool = flag(False, "msrvtt: train on every caption, not on one drawn per clip and epoch")
-    max_words: int = flag(32, "caption length in tokens, start and end included")
-    max_frames: int = flag(12, "frames per clip at most")
-    feature_framerate: int = flag(1, "frames taken per second before thinning to --max_frames")
+    max_words: int = flag(32, "caption length in tokens, start and end included", must_be=at_least(2))
+    max_frames: int = flag(12, "frames per clip at most", must_be=at_least(1))
+    feature_framerate: int = flag(1, "frames taken per second before thinning to --max_frames", must_be=at_least(1))
     frame_rule: str = flag(
         "auto",
-        "frame choice; auto: what the dataset's published numbers used (second for msvd, "
-        "activity and --compat clip4clip, else stride)",
-        choices=("auto", "stride", "second"),
+        f"which frames are taken: {', '.join(RULES)}; auto: the rule of the dataset's published numbers (second for "
+        "msvd, activity and --compat clip4clip, else stride)",
     )
-    slice_framepos: int = flag(2, "frames kept of too many: 0 first, 1 last, 2 spread", choices=(0, 1, 2))
-    train_frame_order: int = flag(0, "0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
-    eval_frame_order: int = flag(0, "0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
-    decoder: str = flag("pyav", "video reader", choices=("pyav", "opencv"))
-    num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process")
-    allow_missing: bool = flag(False, "accept wrong counts, evaluate without missing or unreadable videos; recorded")
-    allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results")
-    lsmdc_source_gap: bool = flag(False, "lsmdc: leave out training ids 58200-58299, as InternVideo's loader does")
+    train_frame_order: int = flag(0, "of frames in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    eval_frame_order: int = flag(0, "of frames in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    decoder: str = flag(
+        "pyav",
+        "video reader: pyav, the only one",
+        must_be=(
+            "pyav (opencv gave memory rubbish for interlaced video with OpenCV 5; PyAV gives the same frames)",
+            lambda value: value == "pyav",
+        ),
+    )
+    num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
+    allow_missing: bool = flag(
+        False,
+        "go on with other counts than the published ones and without videos that are missing or cannot be read; "
+        "results.json records it",
+    )
+    allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; results.json records it")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which weights and which head."""
+    """Which weights, encoder, head and loss."""
 
     pretrained_clip_name: str = flag("ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, or the path of CLIP weights")
-    cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept")
+    cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept", type=Path)
     init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)
     finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
     activation: str = flag(
-        "auto", "MLP activation of the weights; auto: told by the file", choices=("auto", "quick_gelu", "gelu")
+        "auto",
+        "MLP activation that the weights were trained with; auto: as the file says",
+        choices=("auto", "quick_gelu", "gelu"),
     )
-    sim_header: str = flag("meanP", "similarity head: meanP, seqLSTM, seqTransf, tightTransf or xpool")
-    cross_num_hidden_layers: int = flag(4, "layers of the seqTransf and tightTransf heads")
-    linear_patch: str = flag("2d", "patches of one frame, or of three in a row", choices=("2d", "3d"))
-    loose_type: bool = flag(True, "texts and videos meet only in the similarity: all heads but tightTransf")
+    encoder: str = flag("clip", f"image and text towers: {', '.join(ENCODERS)}")
+    sim_header: str = flag("meanP", f"similarity head: {', '.join(sorted(HEADS))}")
+    loose_type: bool = flag(True, "text and video meet in the similarity only; false for tightTransf alone")
     interaction: str = flag(
         "no",
-        "token-wise similarity over the frames of meanP, seqLSTM or seqTransf; ti: every "
-        "word and frame counts alike, wti: learned weights",
-        choices=("no", "ti", "wti"),
+        "compare words with frames, which meanP, seqLSTM or seqTransf prepare; ti: all count alike, wti: with learned "
+        "weights; no: the head's own similarity",
     )
-    wti_arch: int = flag(2, "layers of the token weights of --interaction wti", choices=(1, 2, 3))
-    cdcr: int = flag(
-        0,
-        "channel decorrelation in the loss: 0 none; with --interaction: 1 a random word and frame, 2 "
-        "all with their best matches, 3 the same, weighted",
-        choices=(0, 1, 2, 3),
-    )
-    cdcr_alpha1: float = flag(0.16, "--cdcr: pull of the diagonal of the correlation matrix towards 1")
-    cdcr_alpha2: float = flag(0.0, "--cdcr: pull of the rest towards 0; the DRL paper's 0.06")
-    cdcr_lambda: float = flag(0.001, "--cdcr: its weight in the loss")
-    clip_evl: bool = flag(False, "InternVideo's video tower instead of CLIP's image tower")
-    pretrained_path: Path | None = flag(None, "--clip_evl: InternVideo weights to start from", type=Path)
-    mergeclip: bool = flag(False, "--clip_evl: average --pretrained_path with the CLIP of --pretrained_clip_name")
-    mergeweight: float = flag(0.5, "--mergeclip: weight of the CLIP")
-    zeroshot: bool = flag(False, "make sure that no fine-tuned weights are evaluated: refuse --finetuned_path")
+    loss: str = flag("contrastive", f"loss of a batch of pairs: {', '.join(LOSSES)}")
+    zeroshot: bool = flag(False, "refuse --finetuned_path, so that only pre-trained weights can be evaluated")
     compat: str = flag(
         "none",
-        "reproduce a source project's numbers where they differ from what is right",
-        choices=("none", "clip4clip", "internvideo", "drl"),
+        "compute as a source project does, also where it differs from what is right, to repeat its numbers",
+        choices=tuple(COMPAT),
     )
 
 
@@ -111,34 +105,42 @@ class ModelOptions:
 class TrainOptions:
     """Optimisation. `batch_size` is that of all processes together."""
 
-    epochs: int = flag(5, "passes over the training pairs")
-    batch_size: int = flag(128, "training pairs per step, over all processes")
-    lr: float = flag(1e-4, "learning rate of what is new")
+    epochs: int = flag(5, "passes over the training pairs", must_be=at_least(1))
+    batch_size: int = flag(128, "training pairs per step, over all processes", must_be=at_least(1))
+    lr: float = flag(1e-4, "learning rate of heads, losses and new parts of an encoder", must_be=above(0))
     coef_lr: float = flag(
         1e-3,
-        "CLIP learns at lr * coef_lr, but temporal parts of --clip_evl that "
-        "no file of weights holds at lr (with --compat at lr * coef_lr too)",
+        "the encoder learns at lr * coef_lr, but those parts of it that were in no file of weights at lr (with "
+        "--compat of a source project at lr * coef_lr, too)",
+        must_be=at_least(0),
     )
-    warmup_proportion: float = flag(0.1, "share of the steps spent warming up")
-    weight_decay: float = flag(0.2, "decoupled weight decay")
-    freeze_layer_num: int = flag(0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower")
-    max_grad_norm: float = flag(1.0, "clip the global gradient norm")
+    warmup_proportion: float = flag(
+        0.1,
+        "share of the steps in which the learning rate rises to its full value; -1: none",
+        must_be=("in [0, 1), or -1 for none", lambda v: v == -1 or 0 <= v < 1),
+    )
+    weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
+    freeze_layer_num: int = flag(
+        0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower", must_be=at_least(-1)
+    )
+    max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(
         1,
-        "pieces in which a batch goes through the towers, for less memory; the "
-        "loss and its gradient stay those of the whole batch",
+        "pieces in which a batch goes through the encoder, to save memory; loss and gradient stay those of the whole "
+        "batch",
+        must_be=at_least(1),
     )
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = flag(False, "torch.compile the towers: a slow start, then faster steps")
-    n_display: int = flag(50, "steps between log lines")
-    save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only")
+    compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
+    n_display: int = flag(50, "steps between log lines", must_be=at_least(1))
+    save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only", must_be=at_least(0))
     resume_model: Path | None = flag(
         None, "checkpoint_last.pt to continue from; auto: the one in --output_dir, if any", type=Path
     )
     select_on: str = flag(
         "auto",
-        "split whose text-to-video R@1 chooses the epoch to keep; last: the last epoch; "
-        "auto: val where the dataset has one, else test",
+        "the epoch with the best text-to-video R@1 on this split is kept; last: the last epoch; auto: val where the "
+        "dataset has one, else test",
         choices=("auto", "val", "test", "last"),
     )
     tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
@@ -149,76 +151,250 @@ class RunOptions:
     """What this run does, where, and in which precision."""
 
     do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
-    do_eval: bool = flag(False, "evaluate")
-    dry_run: bool = flag(False, "check options and data, print the plan and stop; weights are not loaded")
+    do_eval: bool = flag(False, "evaluate the weights on --eval_split")
+    dry_run: bool = flag(
+        False, "do everything up to the first step: check options, data and weights, print the plan and stop"
+    )
     eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
-    batch_size_val: int = flag(16, "clips per evaluation batch and process")
+    batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1))
     save_similarity: bool = flag(False, "also write similarity.npz")
-    similarity_memory_mb: int = flag(1024, "memory for a block of pairs in evaluation with heads that see pairs")
-    qb_norm: bool = flag(False, "also report QB-Norm, its query bank the captions of the training split")
-    qb_size: int = flag(10000, "--qb_norm: captions in the query bank, drawn with --seed; 0 takes all")
-    device: str = flag("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    similarity_memory_mb: int = flag(
+        1024,
+        "heads that compare every text with every video do so in blocks that need about this much memory, in MiB",
+        must_be=at_least(1),
+    )
+    qb_norm: bool = flag(False, "also report QB-Norm, with captions of the training split as its query bank")
+    qb_size: int = flag(
+        10000, "--qb_norm: captions in the query bank, drawn with --seed; 0 takes all", must_be=at_least(0)
+    )
+    device: str = flag("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto", "auto: bf16 on CUDA cards that have it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
     )
     fp16: bool = flag(False, "same as --precision fp16")
-    seed: int = flag(42, "seed of everything random")
+    seed: int = flag(42, "seed of everything random", must_be=("in 0..2147483647", lambda v: 0 <= v < 2**31))
+
+
+GROUPS: dict[str, type] = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
 
 
 @dataclass(frozen=True)
 class Options:
-    """All flags, grouped."""
+    """All flags. `own`: registry's flag -> the own options of the plug-in that it chose.
+
+    `values`: flag -> value, of plug-ins that were not chosen as well. `without_effect`: on flags given that do nothing.
+    """
 
     data: DataOptions
     model: ModelOptions
     train: TrainOptions
     run: RunOptions
+    own: Mapping[str, Any]
+    values: Mapping[str, Any]
+    given: frozenset[str] = frozenset()
+    without_effect: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and JSON-ready: flag -> value."""
-        flat = {k: v for group in vars(self).values() for k, v in vars(group).items()}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in self.values.items()}
+
+    def with_precision(self, precision: str) -> Options:
+        run = dataclasses.replace(self.run, precision=precision)
+        return dataclasses.replace(self, run=run, values={**self.values, "precision": precision})
 
 
-GROUPS = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
+def plugin_flags(registry: Registry[Any]) -> dict[tuple[str, ...], list[dataclasses.Field]]:
+    """The plug-ins' own flags: names of those that have them in common -> the flags.
+
+    Plug-ins share flags where they have the same Options class, or where one extends that of another.
+    """
+    owners: dict[dataclasses.Field, list[str]] = {}
+    for name in registry:
+        for field in dataclasses.fields(options_of(registry[name])):
+            owners.setdefault(field, []).append(name)
+    shared: dict[tuple[str, ...], list[dataclasses.Field]] = {}
+    for field, names in owners.items():
+        shared.setdefault(tuple(names), []).append(field)
+    return shared
+
+
+def all_options() -> list[type]:
+    """Every class whose fields are flags."""
+    return [*GROUPS.values(), *(options_of(plugin) for registry in REGISTRIES for plugin in registry.values())]
+
+
+def defaults(compat: str = "none") -> dict[str, Any]:
+    """Flag -> the value that it has when it is not given."""
+    plain = {field.name: field.default for options in all_options() for field in dataclasses.fields(options)}
+    return plain | COMPAT[compat].defaults
+
+
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`as_dict` of an earlier run, completed by the flags that its version of the code did not have."""
+    known = {k: str(v) if isinstance(v, Path) else v for k, v in defaults(values.get("compat", "none")).items()} | dict(
+        values
+    )
+    return known | {r.flag: choose(r, known, values) for r in REGISTRIES if r.flag not in values}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``main_task_retrieval.py``."""
+    """The parser of ``main_task_retrieval.py``. Flags that are not given leave no trace in its namespace."""
     parser = argparse.ArgumentParser(
         "main_task_retrieval.py",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Video-text retrieval with CLIP: zero-shot evaluation, fine-tuning, evaluation of checkpoints.",
     )
     for title, group in GROUPS.items():
-        section = parser.add_argument_group(title, group.__doc__)
-        for field in dataclasses.fields(group):
-            section.add_argument(f"--{field.name}", default=field.default, **field.metadata)
-    # torch.distributed.launch passes this; the environment says the same, and modules/distributed.py reads that.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+        add_flags(parser.add_argument_group(title, group.__doc__), dataclasses.fields(group))
+    for registry in REGISTRIES:
+        for names, flags in plugin_flags(registry).items():
+            add_flags(parser.add_argument_group(f"--{registry.flag} {', '.join(names)}"), flags)
+    # torch.distributed.launch passes this; the environment says the same, and engine/distributed.py reads that.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """argv -> checked :class:`Options`. A bad flag, value or combination prints one line and exits with status 2."""
-    import sys
-
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    refuse_dead_flags(parser, argv)
-    args = vars(parser.parse_args(argv))
-    options = Options(
-        **{
-            name: group(**{field.name: args[field.name] for field in dataclasses.fields(group)})
-            for name, group in GROUPS.items()
-        }
-    )
-    given = {token.split("=")[0].lstrip("-") for token in argv if token.startswith("--")}
-    problem = check(options, given)
-    if problem:
-        parser.error(problem)
-    if options.run.fp16:
-        options = dataclasses.replace(options, run=dataclasses.replace(options.run, precision="fp16"))
+    for name in (token.split("=")[0].lstrip("-") for token in argv if token.startswith("--")):
+        if name in DEAD_FLAGS:
+            parser.error(f"--{name} {DEAD_FLAGS[name]}")
+    given = vars(parser.parse_args(argv))
+    given.pop("local_rank", None)
+    try:
+        return resolve(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def resolve(given: Mapping[str, Any]) -> Options:
+    """Flags given -> :class:`Options`. Raises ValueError about the first thing wrong, in words for the user."""
+    named = {k: v for k, v in given.items() if v != "auto"}  # `auto` is what a flag has that is not given
+    values = defaults(given.get("compat", "none")) | named
+    for group in all_options():
+        problem = out_of_range(from_flags(group, values))
+        if problem:
+            raise ValueError(problem)
+    if values["fp16"]:
+        if named.get("precision", "fp16") != "fp16":
+            raise ValueError(f"--fp16 means --precision fp16, but --precision {named['precision']} was given")
+        values["precision"] = "fp16"
+    without_effect: list[str] = []
+    for registry in REGISTRIES:
+        values[registry.flag] = choose(registry, values, named)
+        without_effect += unused_flags(registry, values, named)
+    dataset = DATASETS[values["datatype"]]
+    if values["select_on"] == "auto":
+        values["select_on"] = "val" if "val" in dataset.splits else "test"
+    own = {r.flag: from_flags(options_of(r.get(values[r.flag])), values) for r in REGISTRIES}
+    groups = {name: from_flags(group, values) for name, group in GROUPS.items()}
+    options = Options(**groups, own=own, values=values, given=frozenset(given), without_effect=tuple(without_effect))
+    check_model(options)
+    check_run(options)
     return options
+
+
+def choose(registry: Registry[Any], values: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+    """The name of the plug-in: the one asked for, or the one whose flag chooses it. Raises ValueError."""
+    name = values[registry.flag]
+    for names, flags in plugin_flags(registry).items():
+        for field in flags:
+            value = named.get(field.name, field.default)
+            if field.metadata.get("chooses") and value != field.default and name not in names:
+                if registry.flag in named:
+                    raise ValueError(foreign(registry, field.name, value, names, name))
+                name = names[0]
+    if registry is RULES and name == "auto":
+        return DATASETS[values["datatype"]].frame_rule
+    if registry is INTERACTIONS and name == "no":
+        return name
+    if name not in registry:
+        known = sorted(registry) if registry is not INTERACTIONS else ["no", *registry]
+        raise ValueError(f"--{registry.flag} must be one of {', '.join(known)}, got {name}")
+    return name
+
+
+def unused_flags(registry: Registry[Any], values: Mapping[str, Any], named: Mapping[str, Any]) -> list[str]:
+    """What to say of flags given that belong to a plug-in that was not chosen. Raises ValueError for most of them.
+
+    Those of datasets, and those declared as tolerated, stand in old commands where they never had an effect.
+    """
+    chosen, found = values[registry.flag], []
+    own = {field.name for field in dataclasses.fields(options_of(registry.get(chosen)))}
+    for names, flags in plugin_flags(registry).items():
+        for field in flags:
+            if field.name in own or named.get(field.name, field.default) == field.default:
+                continue
+            message = foreign(registry, field.name, named[field.name], names, chosen)
+            if registry is not DATASETS and not field.metadata.get("tolerated"):
+                raise ValueError(message)
+            found.append(message)
+    return found
+
+
+def foreign(registry: Registry[Any], name: str, value: Any, owners: Sequence[str], chosen: str) -> str:
+    flags = [getattr(registry[owner], "chosen_by", f"--{registry.flag} {owner}") for owner in owners]
+    return f"--{name} {value} belongs to {' or '.join(flags)}, got --{registry.flag} {chosen}"
+
+
+def check_model(options: Options) -> None:
+    """Raises ValueError for parts of a model that do not go together."""
+    model, given = options.model, options.given
+    head = HEADS[model.sim_header]
+    if not head.loose and model.loose_type and "loose_type" in given:
+        raise ValueError(f"--sim_header {head.name} is not of --loose_type; leave --loose_type out")
+    if head.loose and not model.loose_type:
+        tight = " or ".join(name for name in HEADS if not HEADS[name].loose)
+        raise ValueError(f"--loose_type=false belongs to --sim_header {tight}, got --sim_header {head.name}")
+    if model.interaction != "no" and not head.separable:
+        raise ValueError(
+            f"--interaction {model.interaction} takes the place of --sim_header {head.name}'s similarity; "
+            "use it with meanP, seqLSTM or seqTransf"
+        )
+    problem = LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction)
+    if problem:
+        raise ValueError(problem)
+    encoder = ENCODERS[model.encoder]
+    merging = encoder.merge_weight(options.own["encoder"]) is not None
+    if merging and not (encoder.own_weights(options.own["encoder"]) or model.finetuned_path or model.init_model):
+        raise ValueError("--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path")
+
+
+def check_run(options: Options) -> None:
+    """Raises ValueError for a run that cannot be."""
+    data, model, train, run = options.data, options.model, options.train, options.run
+    if not (run.do_train or run.do_eval):
+        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+    for name in ("output_dir", "data_path", "features_path"):
+        if options.values[name] is None:
+            raise ValueError(f"--{name} is required")
+    dataset = DATASETS[data.datatype]
+    for split, why in ((run.eval_split, ""), *((("train", " with --do_train"),) if run.do_train else ())):
+        name, example = dataset.split_flags.get(split, ("", ""))
+        if name and options.values[name] is None:
+            raise ValueError(f"--datatype {data.datatype}{why} needs --{name} ({example})")
+    for name in ("select_on", "eval_split"):
+        if options.values[name] == "val" and "val" not in dataset.splits:
+            raise ValueError(f"--{name} val: {data.datatype} has no val split; give test")
+    name, example = dataset.split_flags.get("train", ("", ""))
+    if run.qb_norm and name and options.values[name] is None:
+        raise ValueError(f"--qb_norm takes its query bank from the training captions; add --{name} ({example})")
+    if model.zeroshot and (run.do_train or model.finetuned_path or model.init_model):
+        wrong = "do_train" if run.do_train else "finetuned_path" if model.finetuned_path else "init_model"
+        raise ValueError(f"--zeroshot evaluates weights as they were pre-trained; leave it or --{wrong} out")
+    if model.init_model and model.finetuned_path:
+        raise ValueError("--init_model and --finetuned_path both name the weights to load; give one")
+    if run.do_train and model.finetuned_path:
+        raise ValueError("--finetuned_path is for evaluation; to train on from a checkpoint give --init_model")
+    if train.resume_model and not run.do_train:
+        raise ValueError("--resume_model continues a training run; add --do_train")
+    if train.resume_model and train.resume_model != AUTO and model.init_model:
+        raise ValueError("--resume_model already holds the weights; leave --init_model out")
+    if train.gradient_accumulation_steps > train.batch_size:
+        raise ValueError(
+            f"--gradient_accumulation_steps {train.gradient_accumulation_steps} exceeds --batch_size "
+            f"{train.batch_size}: a piece holds at least one pair"
+        )

@@ -1,19 +1,24 @@
-"""Logging and progress: a bar on a terminal, plain lines elsewhere, rank 0 only."""
+"""What a run shows of itself: its log, how far it is, how fast, whether it waits for data, TensorBoard scalars."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
 log = logging.getLogger("retrieval")
 SECONDS_BETWEEN_LINES = 15
+WAIT_WORTH_A_WARNING = 0.25  # share of the time spent waiting for the loader
+STEPS_BEFORE_WARNING = 20
 
 
 def setup_logging(folder: Path | None, is_main: bool) -> None:
@@ -31,17 +36,147 @@ def setup_logging(folder: Path | None, is_main: bool) -> None:
         log.addHandler(to_file)
 
 
+class Bar:
+    """How far something is: a bar on a terminal, a line in the log every 15 s elsewhere. A context that closes it."""
+
+    def __init__(
+        self, description: str, total: int | None = None, done: int = 0, unit: str = "it", enabled: bool = True
+    ) -> None:
+        """total: None if not known; unit: ``B`` counts bytes, in kB or MB; enabled: False on ranks other than 0."""
+        self.description, self.total, self.done, self.unit, self.enabled = description, total, done, unit, enabled
+        self.last_line = time.monotonic()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            form: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True, "leave": False}
+            self.bar = tqdm(desc=description, total=total, initial=done, **form)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, amount: int = 1, note: str = "", line: str = "", due: bool = False) -> None:
+        """`amount` more is done. note: stands behind the bar; line: instead of the plain line; due: write it now."""
+        self.done += amount
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(amount)
+        late = self.bar is None and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
+        if self.enabled and (due or late):
+            self.last_line = time.monotonic()
+            log.info("%s", line or self._line())
+
+    def _line(self) -> str:
+        done, total = (
+            tqdm.format_sizeof(n, "B") if n is not None and self.unit == "B" else n for n in (self.done, self.total)
+        )
+        return f"{self.description}: {done}" + (f" of {total}" if total is not None else "")
+
+
 def progress(items: Iterable[T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
-    """Pass `items` through, showing how far we are: tqdm on a terminal, a line now and then elsewhere."""
+    """Pass `items` through, showing on a :class:`Bar` how many of them are done."""
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-    if not enabled:
-        yield from items
-    elif sys.stderr.isatty():
-        yield from tqdm(items, desc=description, total=total, dynamic_ncols=True, leave=False)
-    else:
-        last = time.monotonic()
-        for done, item in enumerate(items, start=1):
+    with Bar(description, total, enabled=enabled) as bar:
+        for item in items:
             yield item
-            if time.monotonic() - last > SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                log.info("%s: %d%s", description, done, f" of {total}" if total else "")
+            bar.advance()
+
+
+class EpochWatch:
+    """Times the steps of one epoch and shows them. Wraps the loader: ``for batch in watch.batches(loader)``."""
+
+    def __init__(self, epoch: int, steps: int, done: int, later: int, clips: int, every: int, enabled: bool) -> None:
+        """steps: of the epoch, of which `done` before this process; later: steps of the epochs to come; clips: per
+        step, all ranks; every: steps between lines; enabled: rank 0, the others only measure."""
+        self.steps, self.done, self.later, self.clips, self.every = steps, done, later, clips, every
+        self.timed, self.waited, self.busy = 0, 0.0, 0.0
+        self.warned = not enabled
+        self.bar = Bar(f"epoch {epoch + 1}", steps, done, enabled=enabled)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Pass batches through, timing the wait for each but the first, which waits for workers to start."""
+        first, asked = True, time.perf_counter()
+        with self.bar:
+            for batch in loader:
+                got = time.perf_counter()
+                yield batch
+                if not first:
+                    self.waited += got - asked
+                    self.busy += time.perf_counter() - got
+                    self.timed += 1
+                first, asked = False, time.perf_counter()
+                self._warn_of_waiting()
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time that went into waiting for batches, 0..1."""
+        return self.waited / max(self.waited + self.busy, 1e-9)
+
+    @property
+    def clips_per_second(self) -> float:
+        return self.timed * self.clips / max(self.waited + self.busy, 1e-9)
+
+    @property
+    def time_left(self) -> float:
+        """Seconds of training steps to come, evaluations not counted."""
+        return (self.steps - self.done + self.later) * (self.waited + self.busy) / max(self.timed, 1)
+
+    def stepped(self, loss: float, norm: float, rates: list[float]) -> None:
+        """Show a finished step: on the bar, and as a line every `every` steps and after the last."""
+        self.done += 1
+        lr, speed = ", ".join(f"{rate:.2e}" for rate in dict.fromkeys(rates)), "timing"
+        if self.timed:
+            left = timedelta(seconds=round(self.time_left))
+            speed = f"{self.clips_per_second:.1f} clips/s, {self.data_wait:.0%} waiting for data, {left} left"
+        self.bar.advance(
+            note=f"loss {loss:.4f}, lr {lr}, {speed}",
+            line=f"{self.bar.description} step {self.done}/{self.steps}  loss {loss:.4f}  gradient norm {norm:.2f}  "
+            f"lr {lr}  {speed}",
+            due=self.done % self.every == 0 or self.done == self.steps,
+        )
+
+    def _warn_of_waiting(self) -> None:
+        if self.warned or self.timed < STEPS_BEFORE_WARNING or self.data_wait <= WAIT_WORTH_A_WARNING:
+            return
+        self.warned = True
+        log.warning(
+            "%.0f %% of the time goes into waiting for data: raise --num_thread_reader (if there are idle cores), or "
+            "make the videos smaller with preprocess/compress_video.py",
+            100 * self.data_wait,
+        )
+
+
+class Scalars:
+    """TensorBoard's event files, or nothing when not asked for."""
+
+    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+        """folder: None writes nothing. Points from `first_step` on, left by an interrupted run, are discarded."""
+        self.writer = open_tensorboard(folder, first_step) if folder else None
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def open_tensorboard(folder: Path | None, first_step: int = 0) -> Any:
+    """A SummaryWriter in `folder`; without a folder, only the check that there could be one. Raises ValueError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard needs the tensorboard package ({error}): pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=first_step) if folder else None
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """MiB at the highest so far: allocated on the CUDA device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,18 +1,34 @@
-"""The files a run leaves: results.json, similarity.npz, history.jsonl. Written whole or not at all."""
+"""The files a run leaves, each written whole or not at all, and all that it takes to repeat the run."""
 
 from __future__ import annotations
 
 import json
 import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from checkpoints.whole import write_whole
+from checkpoints.whole import file_sha256, write_whole
+from engine.build import Weights, head_options
+from engine.data import RunData
+from engine.distributed import World
 from engine.evaluate import Evaluation
+from engine.options import Options
+from engine.progress import log
 from modules.metrics import LOOKS_AT
+from modules.model import VideoTextModel
+
+ROOT = Path(__file__).resolve().parent.parent
+ANNOTATION_SUFFIXES = (".json", ".csv", ".txt", ".pkl")
+# What changes the numbers of a checkpoint when evaluation differs from training.
+SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words", "slice_framepos")
+LAST, SELECTED, HISTORY = "checkpoint_last.pt", "pytorch_model.bin", "history.jsonl"
+RESULTS, SIMILARITY = "results.json", "similarity.npz"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -30,7 +46,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def results(evaluation: Evaluation, options: dict[str, Any], weights: Path, selected_on: str | None) -> dict[str, Any]:
+def results(
+    evaluation: Evaluation, options: Options, model: VideoTextModel, weights: Path, selected_on: str | None
+) -> dict[str, Any]:
     """The content of results.json: what was measured, on what, how, with which weights."""
     split = evaluation.split
     return {
@@ -44,8 +62,10 @@ def results(evaluation: Evaluation, options: dict[str, Any], weights: Path, sele
         "metrics": evaluation.metrics,
         "postprocessing": {kind: LOOKS_AT[kind] for kind in evaluation.metrics},
         "seconds": round(evaluation.seconds, 2),
-        "options": options,
+        "options": options.as_dict(),
         "weights": str(weights),
+        "tower": model.clip.tower,
+        "activation": model.clip.activation,
         "versions": versions(),
     }
 
@@ -65,9 +85,124 @@ def write_similarity(path: Path, evaluation: Evaluation) -> None:
     }
     if evaluation.bank is not None:
         arrays["bank_similarity"] = evaluation.bank.numpy()
-    write_whole(path, lambda file: np.savez(file, **arrays))
+    write_whole(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Options) -> None:
+    """results.json, and with --save_similarity similarity.npz."""
+    folder, similarity = options.run.output_dir, options.run.output_dir / SIMILARITY
+    similarity.unlink(missing_ok=True)  # one of an earlier run would belong to other results
+    write_json(folder / RESULTS, found)
+    if options.run.save_similarity:
+        write_similarity(similarity, evaluation)
+    log.info("wrote %s", folder / RESULTS)
 
 
 def write_history(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def annotation_paths(options: Options) -> list[Path]:
+    """The annotation files of a run; of a folder all that could be some, as they lie at its top."""
+    found: list[Path] = []
+    lists = [value for value in vars(options.own["datatype"]).values() if isinstance(value, Path)]
+    for path in (options.data.data_path, *lists):
+        if path and path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.is_file() and p.suffix in ANNOTATION_SUFFIXES)
+        elif path and path.is_file():
+            found.append(path)
+    return found
+
+
+def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
+    """The commit of the code and whether tracked files differ from it; None when `root` is no git checkout."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        revision, changes = (
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision.strip(), "modified": bool(changes.strip())}
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def provenance(
+    argv: Sequence[str], options: Options, weights: Iterable[Path], world: World, seconds: float
+) -> dict[str, Any]:
+    """Keys of results.json. `argv`: the flags as given; `weights`: files read; `seconds`: of the whole run."""
+    return {
+        "command": ["main_task_retrieval.py", *argv],
+        "folder": str(Path.cwd()),
+        "git": git_revision(),
+        "device": device_name(world),
+        "processes": world.size,
+        "run_seconds": round(seconds, 1),
+        "sha256": {
+            "annotations": {str(path): file_sha256(path) for path in annotation_paths(options)},
+            "weights": {str(path): file_sha256(path) for path in weights},
+        },
+    }
+
+
+def sidecar(model: VideoTextModel, options: Options, data: RunData) -> dict[str, Any]:
+    """What stands beside weights that a run saves: how to build the model, and on what it was trained."""
+    flags = options.as_dict()
+    return {
+        "activation": model.clip.activation,
+        "encoder": model.clip.spec,
+        "sim_header": options.model.sim_header,
+        "interaction": options.model.interaction,
+        "head_options": head_options(model),
+        "loss": options.model.loss,
+        "selected_on": options.train.select_on,
+        "trained_on": data.trained_on,
+        "settings": {name: flags[name] for name in SETTINGS},
+    }
+
+
+def warn_of_other_settings(trained: Mapping[str, Any], options: Options) -> None:
+    """Say where a checkpoint of ours is evaluated with other settings than it was trained with."""
+    now = options.as_dict()
+    differing = [
+        f"--{name} {trained[name]} -> {now[name]}"
+        for name in SETTINGS
+        if name in trained and trained[name] != now[name]
+    ]
+    if differing and not options.run.do_train:
+        log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
+
+
+def plan(options: Options, world: World, data: RunData, weights: Weights, steps: int, items: int) -> list[str]:
+    """What a run would do, in lines. steps: of an epoch; items: of training."""
+    run, training, scored = options.run, options.train, data.scored
+    lines = [f"--{name} {value}" for name, value in options.as_dict().items()]
+    source: Weights | None = weights
+    while source:
+        lines.append(f"weights: {source.path} ({source.what()})")
+        source = source.clip
+    lines.append(f"on: {world.device}, {world.size} process(es), {run.precision}")
+    files = [RESULTS, *([SIMILARITY] if run.save_similarity else [])]
+    if data.train is not None:
+        lines += [
+            f"train: {len(data.train.videos)} videos, {items} items; --batch_size {training.batch_size} = "
+            f"{world.size} process(es) x {training.batch_size // world.size}, in "
+            f"{training.gradient_accumulation_steps} piece(s); {training.epochs} epochs x {steps} steps = "
+            f"{training.epochs * steps} steps",
+            f"selects the epoch on: {training.select_on} ({len(data.selection.videos)} videos)",
+        ]
+        files += [HISTORY, SELECTED, f"{SELECTED}.json", LAST]
+    lines.append(
+        f"evaluate: {scored.dataset} {scored.name}: {len(scored.videos)} videos, {len(scored.captions)} captions, "
+        f"{run.batch_size_val} clips a batch and process"
+    )
+    paths = [run.output_dir / name for name in files]
+    written = (f"{path}{' (overwritten)' if path.exists() else ''}" for path in paths)
+    left = "" if all(path.exists() for path in weights.files()) else "; the weights are yet to be downloaded"
+    return [*lines, f"writes: {', '.join(written)}", f"dry run: nothing is wrong up to the first step{left}"]

@@ -1,4 +1,4 @@
-"""Stopping and going on: what ``checkpoint_last.pt`` holds, and putting a run back where it was.
+"""Stopping and going on: signals, what ``checkpoint_last.pt`` holds, and putting a run back where it was.
 
 On the CPU a resumed run ends with the weights and history, to the bit, of one that was never stopped. What a batch
 holds depends on seed, epoch and position alone (dataloaders/datasets.py), so the position within the epoch is all that
@@ -8,24 +8,75 @@ the sampler and the loader's workers need; the generators of the main process ar
 from __future__ import annotations
 
 import math
-import random
 import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 from checkpoints.read import CheckpointError
 from checkpoints.whole import write_whole
 from engine.build import checkpoint_tensors, load_weights
-from engine.gather import barrier, gather_objects
+from engine.distributed import agree, barrier, gather_objects
+from engine.options import recorded
 from engine.progress import log
-from engine.step import Trainer
+from engine.records import LAST, SELECTED
+from engine.step import Trainer, random_state, set_random_state
 
-LAST, SELECTED = "checkpoint_last.pt", "pytorch_model.bin"
 VERSION = 2
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop. Not an Exception, so that nothing on the way takes it for an error to handle."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C raise :class:`Interrupted` while this context is open: at once, or where work is under way
+    that would be lost, inside :meth:`deferred`, when that ends.
+
+    Repeated signals change nothing: torchrun passes on the Ctrl-C that the terminal already sent to every process.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._deferring = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = not self.received, self.received or number
+        if first and not self._deferring:
+            raise Interrupted(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold a signal back until the block ends; the block should look at ``received`` and end soon."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.received:
+            raise Interrupted(self.received)
 
 
 @dataclass
@@ -43,27 +94,6 @@ class Progress:
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.losses, self.dropped, self.seconds = self.epoch + 1, 0, [], [], 0.0
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Every generator of this process, in types that torch.load reads with weights_only."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undo :func:`random_state`."""
-    name, keys, *rest = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def save_last(folder: Path, trainer: Trainer, state: Progress, record: dict[str, Any]) -> None:
@@ -94,13 +124,13 @@ def find_last(wanted: Path | None, folder: Path) -> Path | None:
     if wanted is None or str(wanted) != "auto":
         return wanted
     path = folder / LAST
-    seen = gather_objects(path.is_file())
-    if any(seen) and not all(seen):
+    seen = agree(path.is_file())[:, 0]
+    if seen.any() and not seen.all():
         raise CheckpointError(
-            f"--resume_model auto: {path} is seen by ranks {[r for r, s in enumerate(seen) if s]} "
+            f"--resume_model auto: {path} is seen by ranks {seen.nonzero().flatten().tolist()} "
             "only; --output_dir must be on a file system that all hosts share"
         )
-    if not all(seen):
+    if not seen.all():
         log.info("--resume_model auto: no %s yet, a fresh start", path)
         return None
     return path
@@ -124,33 +154,13 @@ def load_last(path: Path) -> dict[str, Any]:
     return content
 
 
-# Options that a resumed run may change: where things lie, what is shown or written besides, how fast it goes.
-HARMLESS = frozenset(
-    (
-        "output_dir",
-        "cache_dir",
-        "data_path",
-        "features_path",
-        "train_csv",
-        "val_csv",
-        "pretrained_clip_name",
-        "init_model",
-        "finetuned_path",
-        "resume_model",
-        "num_thread_reader",
-        "n_display",
-        "save_steps",
-        "tensorboard",
-        "do_train",
-        "do_eval",
-        "eval_split",
-        "save_similarity",
-        "batch_size_val",
-        "fp16",
-    )
-)
+# Options that a resumed run may change: where things lie, what is shown or written besides, how it is read.
+PLACES = {"output_dir", "cache_dir", "data_path", "features_path", "train_csv", "val_csv", "resume_model"}
+WEIGHTS = {"pretrained_clip_name", "init_model", "finetuned_path"}
+SHOWN = {"n_display", "save_steps", "tensorboard", "do_train", "do_eval", "eval_split", "save_similarity"}
+HARMLESS = PLACES | WEIGHTS | SHOWN | {"num_thread_reader", "batch_size_val", "fp16"}
 # Options that leave loss and gradient what they are, but for the order of summation.
-ROUNDING = frozenset(("gradient_accumulation_steps", "grad_checkpointing", "compile", "device"))
+ROUNDING = {"gradient_accumulation_steps", "grad_checkpointing", "compile", "device"}
 
 
 def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -> None:
@@ -158,9 +168,8 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
 
     Raises CheckpointError that lists what differs and matters; warns of what may change the last bits.
     """
-    before, now = content["options"], record["options"]
-    absent = object()
-    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k, absent) != now.get(k, absent)]
+    before, now = recorded(content["options"]), record["options"]
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     words = {k: f"--{k} {before.get(k, '(not known)')} -> {now.get(k, '(not known)')}" for k in differing}
     refused = [words[k] for k in differing if k not in HARMLESS | ROUNDING]
     refused += [
@@ -186,11 +195,8 @@ def resume(content: dict[str, Any], source: Path, trainer: Trainer, record: dict
     Raises CheckpointError when options that matter differ.
     """
     check_options(content, record, trainer.world.size)
-    names = [
-        [group["names"] for group in groups]
-        for groups in (content["optimizer"]["param_groups"], trainer.optimizer.param_groups)
-    ]
-    if names[0] != names[1]:
+    theirs, ours = content["optimizer"]["param_groups"], trainer.optimizer.param_groups
+    if [group["names"] for group in theirs] != [group["names"] for group in ours]:
         raise CheckpointError("--resume_model: the checkpoint's optimiser groups hold other parameters than this model")
     load_weights(trainer.model, content["model"], str(source))
     trainer.optimizer.load_state_dict(content["optimizer"])
@@ -216,5 +222,5 @@ def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool)
                     f"gone; put them beside it or into {folder}"
                 )
             with open(source.parent / name, "rb") as there:
-                write_whole(folder / name, lambda file, there=there: shutil.copyfileobj(there, file))
+                write_whole(folder / name, partial(shutil.copyfileobj, there))
     barrier()

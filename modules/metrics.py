@@ -51,13 +51,11 @@ def _ranks(block: Tensor, correct: Tensor, first: int, also: AlsoCorrect) -> Ten
     `also`: query number -> further candidates that count as correct; the query's rank is then that of its best one,
     among the candidates that are wrong. Row 0 is query number `first`.
     """
-    own = block.gather(1, correct[:, None])
-    ranks = (block >= own).sum(dim=1) - 1
-    for row in range(len(block)):
-        more = also.get(first + row)
-        if more is not None:
-            right = block[row, torch.tensor([int(correct[row]), *more])]
-            ranks[row] = (block[row] >= right.max()).sum() - (right >= right.max()).sum()
+    ranks = (block >= block.gather(1, correct[:, None])).sum(dim=1) - 1
+    for row in also.keys() & range(first, first + len(block)):
+        scores = block[row - first]
+        right = scores[[int(correct[row - first]), *also[row]]]
+        ranks[row - first] = (scores >= right.max()).sum() - (right >= right.max()).sum()
     return ranks
 
 
@@ -100,10 +98,10 @@ def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> tuple[Al
     videos_of: dict[str, set[int]] = {}
     for caption, video in zip(captions, owner):
         videos_of.setdefault(caption, set()).add(video)
-    by_caption, by_video = {}, {}
+    by_caption: dict[int, list[int]] = {}
+    by_video: dict[int, list[int]] = {}
     for number, (caption, video) in enumerate(zip(captions, owner)):
-        others = videos_of[caption] - {video}
-        if others:
+        if others := videos_of[caption] - {video}:
             by_caption[number] = sorted(others)
             by_video[video] = sorted(others | set(by_video.get(video, ())))
     return by_caption, by_video
@@ -161,35 +159,35 @@ def retrieval_metrics(
     "duplicate_aware", where `captions` call for it: raw similarities, but a video one of whose own captions is the very
     text of the query counts as correct.
     """
-    t2v, v2t = retrieval_ranks(similarity, caption_to_video)
+
+    def t2v(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict[str, float]:
+        return summarize(text_to_video_ranks(matrix, caption_to_video, also))
+
+    def v2t(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict[str, float]:
+        return summarize(video_to_text_ranks(matrix, caption_to_video, also))
+
     over_captions = dual_softmax(similarity, dim=0)
     over_videos = over_captions if same_dsl_axis else dual_softmax(similarity, dim=1)
-    dsl_t2v = text_to_video_ranks(over_captions, caption_to_video)
-    dsl_v2t = video_to_text_ranks(over_videos, caption_to_video)
     metrics = {
-        "raw": {"t2v": summarize(t2v), "v2t": summarize(v2t)},
-        "dsl": {"t2v": summarize(dsl_t2v), "v2t": summarize(dsl_v2t)},
+        "raw": {"t2v": t2v(similarity), "v2t": v2t(similarity)},
+        "dsl": {"t2v": t2v(over_captions), "v2t": v2t(over_videos)},
     }
     if bank is not None:
-        normalized = qb_norm(similarity, bank, QB_BETA / scale)
-        metrics["qb_norm"] = {"t2v": summarize(text_to_video_ranks(normalized, caption_to_video))}
+        metrics["qb_norm"] = {"t2v": t2v(qb_norm(similarity, bank, QB_BETA / scale))}
     by_caption, by_video = duplicates(captions, caption_to_video) if captions is not None else (NOTHING, NOTHING)
     if by_caption:
-        metrics["duplicate_aware"] = {
-            "t2v": summarize(text_to_video_ranks(similarity, caption_to_video, by_caption)),
-            "v2t": summarize(video_to_text_ranks(similarity, caption_to_video, by_video)),
-        }
+        metrics["duplicate_aware"] = {"t2v": t2v(similarity, by_caption), "v2t": v2t(similarity, by_video)}
     return metrics
 
 
 def format_metrics(metrics: Metrics) -> str:
     """A table of the metrics, one line per direction and post-processing, and what each post-processing looks at."""
     columns = ("R@1", "R@5", "R@10", "MedR", "MeanR")
+    titles = {"t2v": "text-to-video", "v2t": "video-to-text"}
     lines = [" " * 30 + "".join(f"{c:>8}" for c in columns)]
     for kind, both in metrics.items():
-        for direction, title in (("t2v", "text-to-video"), ("v2t", "video-to-text")):
-            if direction in both:
-                label = f"{title} {kind if kind != 'raw' else ''}"
-                lines.append(f"{label:<30}" + "".join(f"{both[direction][c]:8.1f}" for c in columns))
+        for direction, row in both.items():
+            label = f"{titles[direction]} {kind if kind != 'raw' else ''}"
+            lines.append(f"{label:<30}" + "".join(f"{row[c]:8.1f}" for c in columns))
     notes = [f"{kind} uses {LOOKS_AT[kind]}" for kind in metrics if kind != "raw"]
     return "\n".join(lines) + f"\n({'; '.join(notes)})"

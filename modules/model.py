@@ -1,73 +1,64 @@
-"""VideoTextModel: CLIP's towers joined by a similarity head. Every option of a model is settled in its two parts."""
+"""VideoTextModel: an encoder and a similarity head joined, and the loss of a batch of pairs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.names import VIDEO_TOWER_PARTS
-from engine.gather import gather_rows
-from engine.progress import progress
-from modules.encoders.clip import CLIP
-from modules.encoders.internvideo import VideoCLIP
-from modules.heads import Head
-from modules.losses.contrastive import contrastive_loss
+from modules.encoders.base import Encoder
+from modules.heads.base import Head
+from modules.losses.base import Loss, Pairs
+from modules.losses.contrastive import Contrastive
 from modules.representation import Representation, as_float32, count, take
 
 MAX_LOGIT_SCALE = 4.605170185988092  # ln(100), CLIP's upper bound
 ROWS = 4096  # texts at a time in the matrix product of a separable head
 MEMORY_MB = 1024.0
+Show = Callable[[Sequence[tuple[slice, slice]]], Iterable[tuple[slice, slice]]]
 
 
 class VideoTextModel(nn.Module):
     """Texts and videos into one space. Letters: N captions, V videos, L tokens, T frames, D width, S image side.
 
-    scale_evaluation: :meth:`similarity` includes the logit scale, as the loss does; InternVideo (ti, wti) and DRL
-    evaluate without it. source_frames: with InternVideo's tower, fill clips to this number of frames that take part,
-    as that project does; None: padding takes no part. cdcr_weight: of the head's regularizer in the loss.
-    Attribute `new_parts`: names under ``clip.`` that were in no file of weights.
+    The encoder is called ``clip``, as its parameters are in checkpoints. scale_evaluation: :meth:`similarity` includes
+    the logit scale, as the loss does. Attribute `new_parts`: names under ``clip.`` that were in no file of weights.
     """
 
-    def __init__(
-        self,
-        clip: CLIP,
-        head: Head,
-        scale_evaluation: bool = True,
-        source_frames: int | None = None,
-        cdcr_weight: float = 0.001,
-    ) -> None:
+    def __init__(self, encoder: Encoder, head: Head, loss: Loss | None = None, scale_evaluation: bool = True) -> None:
         super().__init__()
-        self.clip, self.head = clip, head
+        self.clip, self.head, self.criterion = encoder, head, loss or Contrastive()
         self.new_parts: frozenset[str] = frozenset()
-        self.scale_evaluation, self.source_frames, self.cdcr_weight = scale_evaluation, source_frames, cdcr_weight
-        for name, parameter in clip.named_parameters():
-            if name.startswith(unused_parts(clip, head)):
+        self.scale_evaluation = scale_evaluation
+        # A parameter without a gradient must not count as trainable: it stops DistributedDataParallel.
+        unused = encoder.without_gradient(head.takes_tokens, head.takes_whole_video)
+        unused += () if head.scaled else ("logit_scale",)
+        for name, parameter in encoder.named_parameters():
+            if name.startswith(unused):
                 parameter.requires_grad_(False)
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Representation:
         """token_ids int64 [N, L], token_mask bool [N, L] -> text features for :meth:`similarity`."""
-        if not self.head.takes_tokens:
-            return self.head.text(self.clip.encode_text(token_ids).float(), token_mask)
-        if self.head.options.projected_tokens:
-            return self.head.text(self.clip.text_tokens(token_ids).float(), token_mask)
-        return self.head.text(self.clip.text_tokens_unprojected(token_ids).float(), token_mask)
+        pooled, tokens = self.clip.encode_text(token_ids, token_mask)
+        return self.head.text((tokens if self.head.takes_tokens else pooled).float(), token_mask)
 
     def frame_features(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T, D] float32.
+        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T', D] float32.
 
-        Where the head takes the whole video of InternVideo's tower, that stands in every frame's place. The tower may
-        add frames (`source_frames`): they are padding.
+        Where the head takes the feature of the whole clip and the encoder has one, it stands in every frame's place.
         """
-        if not isinstance(self.clip, VideoCLIP):
-            return self.clip.encode_frames(frames, frame_mask)
-        padding = self.source_frames is not None
-        whole, per_frame = self.clip.encode_video(frames, frame_mask, padding, self.source_frames or 0)
-        if self.head.takes_whole_video:
-            return whole[:, None].expand(-1, per_frame.shape[1], -1).float()
-        return per_frame.float()
+        features, whole = self.clip.encode_frames(frames, frame_mask)
+        if self.head.takes_whole_video and whole is not None:
+            features = whole[:, None].expand_as(features)
+        return features.float()
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Representation:
-        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`."""
+        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`.
+
+        Frames that the encoder adds are padding to the head.
+        """
         features = self.frame_features(frames, frame_mask)
         added = frame_mask.new_zeros(len(frame_mask), features.shape[1] - frame_mask.shape[1])
         return self.head.video(features, torch.cat([frame_mask, added], dim=1))
@@ -81,22 +72,18 @@ class VideoTextModel(nn.Module):
         return self.scale() if self.scale_evaluation else 1.0
 
     def similarity(
-        self, text: Representation, video: Representation, memory_mb: float = MEMORY_MB, show: bool = False
+        self, text: Representation, video: Representation, memory_mb: float = MEMORY_MB, show: Show = iter
     ) -> Tensor:
         """Similarities float32 [N, V] of what the two encoders gave, on the CPU.
 
         A separable head takes one matrix product; another goes through blocks of pairs that need at most about
-        `memory_mb` each, with a progress display if `show`.
+        `memory_mb` each. show: passes the blocks through, for a progress display.
         """
-        scale = self.evaluation_scale()
+        scale, head = self.evaluation_scale(), self.head
         out = torch.empty(count(text), count(video))
-        if self.head.separable:
-            blocks = pair_blocks(*out.shape, ROWS * out.shape[1])
-        else:
-            pair = self.head.pair_bytes(text, video)
-            blocks = pair_blocks(*out.shape, int(memory_mb * 2**20) // pair)
-        for rows, columns in progress(blocks, "similarity blocks", enabled=show and len(blocks) > 1):
-            out[rows, columns] = (scale * self.head.similarity(take(text, rows), take(video, columns))).float().cpu()
+        pairs = ROWS * out.shape[1] if head.separable else int(memory_mb * 2**20) // head.pair_bytes(text, video)
+        for rows, columns in show(pair_blocks(out.shape[0], out.shape[1], pairs)):
+            out[rows, columns] = (scale * head.similarity(take(text, rows), take(video, columns))).float().cpu()
         return out
 
     def forward(
@@ -106,40 +93,29 @@ class VideoTextModel(nn.Module):
         frames: Tensor,
         frame_mask: Tensor,
         generator: torch.Generator | None = None,
+        gather: Callable[[Representation], Representation] = lambda x: x,
     ) -> Tensor:
-        """Loss of a batch of pairs, a scalar; over the batches of all ranks when there are several.
+        """Loss of a batch of pairs, a scalar.
 
-        generator (CPU): for heads whose regularizer draws tokens; it must be in the same state on every rank.
+        generator (CPU): for losses that draw; it must be in the same state on every rank. gather: makes of this
+        rank's items those of all ranks, for the loss over the batches of all.
         """
-        text = gather_rows(self.encode_text(token_ids, token_mask))
-        return self.loss(text, gather_rows(self.encode_video(frames, frame_mask)), generator)
+        text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask)
+        return self.loss(gather(text), gather(video), generator)
 
     def loss(self, text: Representation, video: Representation, generator: torch.Generator | None = None) -> Tensor:
-        """Loss, a scalar, of what the two encoders gave for the pairs of all ranks; see :meth:`forward`."""
-        if not self.head.pairs_in_float32:
-            return contrastive_loss((self.scale() * self.head.similarity(text, video)).float())
-        with torch.autocast(self.clip.logit_scale.device.type, enabled=False):
-            text, video = as_float32(text), as_float32(video)
-            loss = contrastive_loss(self.scale() * self.head.similarity(text, video))
-            draws = torch.randint(2**31, (2, count(text)), generator=generator)
-            extra = self.head.regularizer(text, video, draws)
-            return loss if extra is None else loss + self.cdcr_weight * extra
+        """Loss, a scalar, of what the two encoders gave for all pairs; see :meth:`forward`."""
+        alone = self.head.pairs_in_float32
+        with torch.autocast(self.clip.logit_scale.device.type, enabled=False) if alone else nullcontext():
+            if alone:
+                text, video = as_float32(text), as_float32(video)
+            logits = (self.scale() * self.head.similarity(text, video)).float()
+            return self.criterion(Pairs(logits, text, video, self.head, generator))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step."""
         self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-
-
-def unused_parts(clip: CLIP, head: Head) -> tuple[str, ...]:
-    """How names of CLIP's parameters begin that take no part with this head. They must not count as trainable: a
-    parameter without a gradient stops DistributedDataParallel.
-    """
-    names = () if head.scaled else ("logit_scale",)
-    if isinstance(clip, VideoCLIP):
-        names += () if head.takes_whole_video else VIDEO_TOWER_PARTS
-        names += () if head.options.projected_tokens or not head.takes_tokens else ("text_projection",)
-    return names or ("\0",)
 
 
 def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:

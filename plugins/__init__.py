@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -60,29 +60,28 @@ def flag(
     )
 
 
-def add_flags(section: Any, options: type) -> None:
-    """Add the fields of an options class to an argparse parser or group.
+def add_flags(section: Any, fields: Iterable[dataclasses.Field]) -> None:
+    """Add fields of options classes to an argparse parser or group.
 
-    A flag that is not given leaves no trace in the parsed namespace; its default is that of the class.
+    A flag that is not given leaves no trace in the parsed namespace; its default is that of its field.
     """
-    for field in dataclasses.fields(options):
-        about = {"nargs": "?", "const": True, "metavar": "BOOL"} if isinstance(field.default, bool) else {}
-        text = field.metadata["help"]
-        if field.default is not None:
-            text += f" (default: {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
-        section.add_argument(
-            f"--{field.name}",
-            default=argparse.SUPPRESS,
-            type=field.metadata["type"],
-            choices=field.metadata["choices"],
-            help=text.replace("%", "%%"),
-            **about,
-        )
+    for field in fields:
+        about: dict[str, Any] = {
+            "type": field.metadata["type"],
+            "choices": field.metadata["choices"],
+            "default": argparse.SUPPRESS,
+        }
+        text, shown = field.metadata["help"], field.default
+        if isinstance(shown, bool):
+            about |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+            shown = str(shown).lower()
+        text += f" (default: {shown})" if shown is not None else ""
+        section.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **about)
 
 
-def from_flags(options: type[T], given: Mapping[str, Any]) -> T:
+def from_flags(options: type, given: Mapping[str, Any]) -> Any:
     """The options of this class among the flags given, defaults for the rest."""
-    return options(**{f.name: given[f.name] for f in dataclasses.fields(options) if f.name in given})  # type: ignore
+    return options(**{f.name: given[f.name] for f in dataclasses.fields(options) if f.name in given})
 
 
 def out_of_range(options: Any) -> str | None:
@@ -99,20 +98,25 @@ class NoOptions:
     """For a plug-in without flags."""
 
 
-class Registry(Mapping[str, T]):
+class Registry(dict[str, T]):
     """The plug-ins of one kind by name. `flag`: the one that chooses among them, `kind`: what they are, in words."""
 
     def __init__(self, flag: str, kind: str) -> None:
+        super().__init__()
         self.flag, self.kind = flag, kind
-        self._found: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: make a plug-in available under `name`. Raises ValueError where another one has it."""
+        """Decorator: make a plug-in available under `name`; a class gets it as its attribute ``name``.
+
+        Raises ValueError where another plug-in has the name.
+        """
 
         def add(plugin: T) -> T:
-            if name in self._found:
-                raise ValueError(f"two plug-ins are called --{self.flag} {name}: {self._found[name]} and {plugin}")
-            self._found[name] = plugin
+            if name in self:
+                raise ValueError(f"two plug-ins are called --{self.flag} {name}: {self[name]} and {plugin}")
+            self[name] = plugin
+            if isinstance(plugin, type):
+                plugin.name = name  # type: ignore[attr-defined]
             return plugin
 
         return add
@@ -122,16 +126,8 @@ class Registry(Mapping[str, T]):
         for module in pkgutil.iter_modules(path):
             importlib.import_module(f"{package}.{module.name}")
 
-    def __getitem__(self, name: str) -> T:
-        if name not in self._found:
-            raise KeyError(f"--{self.flag} must be one of {', '.join(sorted(self._found))}, got {name}")
-        return self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
+    def __missing__(self, name: str) -> T:
+        raise KeyError(f"--{self.flag} must be one of {', '.join(sorted(self))}, got {name}")
 
 
 def options_of(plugin: Any) -> type:

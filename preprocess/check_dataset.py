@@ -14,26 +14,35 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.integrity import count_problems
-from dataloaders.registry import DATASETS, attach_videos, load_annotations
+from dataloaders.integrity import count_problems, missing_problems, shared_videos
+from dataloaders.registry import DATASETS, attach_videos, load_annotations, short_id
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
-from dataloaders.video.decode import VideoReadError, probe_video, read_frames
-from dataloaders.video.frames import FrameSampling
-from preprocess.check_report import SplitReport, describe
+from dataloaders.video import FrameSampling, VideoReadError, probe_video, read_frames
+from plugins import add_flags, from_flags, out_of_range
 from preprocess.parallel import run_parallel
 
 
-@dataclass(frozen=True)
-class FileCheck:
-    """What to do with one video: open it, and with `sampling` decode the frames that a run would read."""
+@dataclass
+class SplitReport:
+    """Findings about one split; `problems` are sentences, the rest goes to the JSON as it is."""
 
-    clip: VideoClip
-    sampling: FrameSampling | None
+    expected: dict[str, int | None] = field(default_factory=dict)
+    listed: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
+    missing_videos: list[str] = field(default_factory=list)
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    distinct_captions: int = 0
+    t2v_r1_ceiling: float = 100.0
+    problems: list[str] = field(default_factory=list)
 
 
 def t2v_r1_ceiling(split: RetrievalSplit) -> float:
@@ -48,15 +57,13 @@ def t2v_r1_ceiling(split: RetrievalSplit) -> float:
     return 100 * best.total() / len(split.captions)
 
 
-def check_file(check: FileCheck) -> str | None:
-    """What is wrong with a video, None when nothing is. The clip must have a path."""
-    clip = check.clip
+def check_file(sampling: FrameSampling | None, clip: VideoClip) -> str | None:
+    """What is wrong with a located video, None when nothing is. With `sampling` the frames of a run are decoded."""
     try:
-        info = probe_video(clip.path)
-        if not info.fps > 0:
-            return f"frame rate is {info.fps}"
-        if check.sampling is not None:
-            read_frames(clip.path, check.sampling, clip.start, clip.end)
+        if sampling is None:
+            probe_video(clip.path)
+        else:
+            read_frames(clip.path, sampling, clip.start, clip.end)
     except VideoReadError as error:
         return str(error)
     return None
@@ -71,8 +78,8 @@ def check_split(
         listed={"videos": len(split.videos), "captions": len(split.captions)},
         distinct_captions=len(set(split.captions)),
         t2v_r1_ceiling=t2v_r1_ceiling(split),
+        problems=list(count_problems(split)),
     )
-    report.problems += count_problems(split)
     try:
         located = attach_videos(split.dataset, split, features_path)
     except VideoFolderError as error:
@@ -81,66 +88,42 @@ def check_split(
         report.problems.append(str(error))
         return report
     report.missing_videos = list(located.missing_videos)
-    if located.missing_videos:
-        report.problems.append(
-            f"{len(located.missing_videos):,} of {len(split.videos):,} videos are not under {features_path}: "
-            f"{first_ids(located.missing_videos)}; a smaller gallery raises recall"
-        )
-    _check_files(report, located, sampling, workers)
-    unreadable = {entry["video_id"] for entry in report.unreadable}
+    report.problems += missing_problems(located)
+    check, label = partial(check_file, sampling), f"{located.dataset} {located.name}"
+    for clip, trouble in run_parallel(check, located.videos, workers, label, lambda _: "the decoder crashed on it"):
+        if trouble is not None:
+            report.unreadable.append({"video_id": clip.video_id, "path": str(clip.path), "error": trouble})
+    report.unreadable.sort(key=lambda entry: entry["video_id"])  # workers finish in any order
+    unreadable = [entry["video_id"] for entry in report.unreadable]
+    if unreadable:
+        cause = "first: {path}: {error}".format_map(report.unreadable[0])
+        report.problems.append(f"{len(unreadable):,} videos cannot be read: {first_ids(unreadable)}; {cause}")
     usable = [n for n, clip in enumerate(located.videos) if clip.video_id not in unreadable]
     report.found = {"videos": len(usable), "captions": int(located.captions_per_video[usable].sum())}
     return report
 
 
-def _check_files(report: SplitReport, located: RetrievalSplit, sampling: FrameSampling | None, workers: int) -> None:
-    checks = [FileCheck(clip, sampling) for clip in located.videos]
-    label = f"{located.dataset} {located.name}"
-    for check, trouble in run_parallel(check_file, checks, workers, label, lambda _: "the decoder crashed on it"):
-        if trouble is not None:
-            clip = check.clip
-            report.unreadable.append({"video_id": clip.video_id, "path": str(clip.path), "error": trouble})
-    report.unreadable.sort(key=lambda entry: entry["video_id"])  # workers finish in any order
-    if report.unreadable:
-        first = report.unreadable[0]
-        report.problems.append(
-            f"{len(report.unreadable):,} videos cannot be read: "
-            f"{first_ids(entry['video_id'] for entry in report.unreadable)}; first: {first['path']}: {first['error']}"
-        )
-
-
-def check_overlap(splits: dict[str, RetrievalSplit]) -> dict[str, dict[str, object]]:
-    """For each pair of splits, the ids of videos in both and the number of distinct captions in both."""
-    overlap: dict[str, dict[str, object]] = {}
-    for (a, first), (b, second) in itertools.combinations(splits.items(), 2):
-        held = {clip.video_id for clip in second.videos}
-        both = [clip.video_id for clip in first.videos if clip.video_id in held]
-        overlap[f"{a}/{b}"] = {"videos": both, "captions": len(set(first.captions) & set(second.captions))}
-    return overlap
-
-
 def check_dataset(args: argparse.Namespace) -> dict[str, object]:
     """The whole report as JSON-ready values; key "problems" counts them over all splits."""
-    module = DATASETS[args.datatype]
-    files = AnnotationFiles(data_path=args.data_path, train_csv=args.train_csv, val_csv=args.val_csv)
-    sampling = None
-    if not args.no_decode:
-        sampling = FrameSampling(module.FRAME_RULE, args.feature_framerate, args.max_frames)
+    dataset = DATASETS[args.datatype]
+    files = AnnotationFiles(args.data_path, from_flags(dataset.Options, vars(args)))
+    sampling = None if args.no_decode else FrameSampling(dataset.frame_rule, args.feature_framerate, args.max_frames)
     loaded: dict[str, RetrievalSplit] = {}
     reports: dict[str, SplitReport] = {}
     for name in args.splits:
         try:
-            loaded[name] = load_annotations(module.DATATYPE, name, files)
+            loaded[name] = load_annotations(dataset.name, name, files)
             reports[name] = check_split(loaded[name], args.features_path, sampling, args.num_workers)
         except AnnotationError as error:
             reports[name] = SplitReport(problems=[str(error)])
-    overlap = check_overlap(loaded)
-    leaks = [
-        f"{pair}: {len(both['videos']):,} videos are in both splits: {first_ids(both['videos'])}; "
-        "a model trained on the one must not be scored on the other"
-        for pair, both in overlap.items()
-        if both["videos"]
-    ]
+    overlap, leaks = {}, []
+    spelling = partial(short_id, dataset.name)
+    for (a, first), (b, second) in itertools.combinations(loaded.items(), 2):
+        both = shared_videos(first, (spelling(clip.video_id) for clip in second.videos), spelling)
+        overlap[f"{a}/{b}"] = {"videos": both, "captions": len(set(first.captions) & set(second.captions))}
+        if both:
+            remedy = "a model trained on the one must not be scored on the other"
+            leaks.append(f"{a}/{b}: {len(both):,} videos are in both splits: {first_ids(both)}; {remedy}")
     return {
         "datatype": args.datatype,
         "data_path": str(args.data_path) if args.data_path else None,
@@ -153,56 +136,81 @@ def check_dataset(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def describe(report: dict) -> list[str]:
+    """The report as lines to read: one for a clean split, one more for each problem."""
+    lines = []
+    for name, split in report["splits"].items():
+        state = "cannot be loaded"
+        if split["listed"]:
+            found = f"{len(split['problems'])} problems" if split["problems"] else "ok"
+            state = f"{found}: {'; '.join(_findings(report, name))}"
+        lines += [f"{report['datatype']} {name}: {state}", *(f"  - {problem}" for problem in split["problems"])]
+    return lines + [f"{report['datatype']} {leak}" for leak in report["leaks"]]
+
+
+def _findings(report: dict, name: str) -> Iterator[str]:
+    """Counts; captions that stand on several videos of the split; those that stand in other splits."""
+    split = report["splits"][name]
+    ofs = {what: "" if count is None else f" of {count:,}" for what, count in split["expected"].items()}
+    yield ", ".join(f"{split['found'][what]:,}{of} {what}" for what, of in ofs.items())
+    if split["t2v_r1_ceiling"] != 100:
+        ceiling = f"t2v R@1 cannot exceed {split['t2v_r1_ceiling']:.2f} %"
+        yield f"{split['distinct_captions']:,} distinct captions, some on several videos: {ceiling}"
+    shared = [
+        f"{both['captions']:,} captions also in {pair.split('/')[0]}"
+        for pair, both in report["overlap"].items()
+        if pair.endswith(f"/{name}") and both["captions"]
+    ]
+    if shared:
+        yield ", ".join(shared)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line -> namespace; exits with status 2 and a message naming the flag for what cannot be carried out."""
     parser = argparse.ArgumentParser(prog="check_dataset", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--datatype", required=True, choices=list(DATASETS))
-    parser.add_argument("--data_path", type=Path, help="annotation folder; for msrvtt MSRVTT_data.json")
-    parser.add_argument("--features_path", type=Path, required=True, help="folder of the videos")
-    parser.add_argument("--train_csv", type=Path, help="msrvtt: list of training ids")
-    parser.add_argument("--val_csv", type=Path, help="msrvtt: list of test ids")
-    parser.add_argument("--splits", nargs="+", help="default: all that the dataset has; msrvtt: those with a csv")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="worker processes")
-    parser.add_argument("--json", type=Path, help="write the whole report there")
-    parser.add_argument("--no_decode", action="store_true", help="open the videos but decode no frame")
-    parser.add_argument("--max_frames", type=int, default=12, help="frames to decode of a video")
-    parser.add_argument("--feature_framerate", type=int, default=1, help="frames a second to choose from")
+    add = parser.add_argument
+    add("--datatype", required=True, choices=sorted(DATASETS))
+    add("--data_path", type=Path, help="annotations, as for main_task_retrieval.py")
+    add("--features_path", type=Path, required=True, help="folder of the videos")
+    add("--splits", nargs="+", help="default: all that the dataset has, or that a flag gives a list of")
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="worker processes")
+    add("--json", type=Path, help="write the whole report there")
+    add("--no_decode", action="store_true", help="open the videos but decode no frame")
+    add("--max_frames", type=int, default=12, help="frames to decode of a video")
+    add("--feature_framerate", type=int, default=1, help="frames a second to choose from")
+    for name, dataset in DATASETS.items():
+        if fields(dataset.Options):
+            add_flags(parser.add_argument_group(f"--datatype {name}"), fields(dataset.Options))
     args = parser.parse_args(argv)
-    module = DATASETS[args.datatype]
+    dataset = DATASETS[args.datatype]
+    options = from_flags(dataset.Options, vars(args))
+    lists = {split: flag for split, (flag, _) in dataset.split_flags.items()}
     if args.splits is None:
-        csv_of = {"train": args.train_csv, "test": args.val_csv} if args.datatype == "msrvtt" else {}
-        args.splits = [name for name in module.SPLITS if name not in csv_of or csv_of[name] is not None]
+        args.splits = [name for name in dataset.splits if name not in lists or getattr(options, lists[name])]
     args.splits = list(dict.fromkeys(args.splits))
-    unknown = [name for name in args.splits if name not in module.SPLITS]
+    unknown = [name for name in args.splits if name not in dataset.splits]
     if unknown:
-        parser.error(f"--splits {unknown[0]}: {args.datatype} has {', '.join(module.SPLITS)}")
+        parser.error(f"--splits {unknown[0]}: {args.datatype} has {', '.join(dataset.splits)}")
     if not args.splits:
-        parser.error("nothing to check: give --train_csv, --val_csv or both")
-    if args.data_path is None and args.datatype != "msrvtt":
+        parser.error(f"nothing to check: give {' or '.join(f'--{flag}' for flag in lists.values())}")
+    if args.data_path is None and not lists:
         parser.error(f"--data_path is needed: the folder of the {args.datatype} annotations")
-    for flag in ("data_path", "train_csv", "val_csv"):
-        path = getattr(args, flag)
-        if path is not None and not path.exists():
+    for flag, path in {"data_path": args.data_path, **vars(options)}.items():
+        if isinstance(path, Path) and not path.exists():
             parser.error(f"--{flag} {path} does not exist")
     if not args.features_path.is_dir():
         parser.error(f"--features_path {args.features_path} is not a folder; give the one that holds the videos")
     if args.json is not None:
         try:
-            _try_to_write(args.json)
+            args.json.open("a").close()  # better now than after hours of decoding
         except OSError as error:
             parser.error(f"--json {args.json} cannot be written ({error.strerror}); give the name of a file")
     for flag in ("num_workers", "max_frames", "feature_framerate"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} must be >= 1, got {getattr(args, flag)}")
+    if problem := out_of_range(options):
+        parser.error(problem)
     return args
-
-
-def _try_to_write(path: Path) -> None:
-    """Raises OSError where the report could not be written; better now than after hours of decoding."""
-    existed = path.exists()
-    path.open("a").close()
-    if not existed:
-        path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,142 +4,238 @@
 
 Each video keeps its sub-folder and name, with the extension .mp4. Run it again to go on where it stopped: outputs that
 open and fit their input are left alone. What is damaged anywhere or cannot be converted is copied as it is and listed,
-with the reason, in OUTPUT_ROOT/compress_failures.txt. Exit status: 0 all converted, 1 some were not, 2 the command
-cannot be carried out.
+with the reason, in OUTPUT_ROOT/compress_failures.txt. Only the first video stream is kept, as CLIP4Clip's compression
+script does; portrait videos keep their aspect ratio, which they lose there.
+
+Exit status: 0 all converted, 1 some were not, 2 the command cannot be carried out.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
+import av.filter
 
-from dataloaders.video.packets import VideoReadError, probe_video
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloaders.video.decode import all_frames
+from dataloaders.video.packets import VideoInfo, VideoReadError, open_video, probe_video
+from engine.progress import setup_logging
 from preprocess.parallel import run_parallel
-from preprocess.reencode import BACKENDS, ReencodeError, Target, choose_backend, look_at, reencode, why_unfit
 
 EXTENSIONS = frozenset(
     (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".vob", ".ts", ".mts")
-    + (".m2ts", ".wmv", ".asf", ".flv", ".ogv")
+    + (".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".")  # DiDeMo has files whose name ends in a bare "."
 )
-FAILURE_LOG = "compress_failures.txt"
+ENCODER = "libx264"
+# Quarter turns clockwise that undo a frame's display rotation, given in degrees counter-clockwise.
+TURNS = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}
 
 
-@dataclass(frozen=True)
-class Job:
+class Target(NamedTuple):
+    """Frames a second and length of the short side in pixels (even)."""
+
+    fps: int
+    size: int
+
+
+class Job(NamedTuple):
     """One video to convert."""
 
     source: Path
     output: Path
     target: Target
-    backend: str
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`state`: "converted", "kept" (a fit output was there) or "failed"; `reason` for the latter."""
+class Look(NamedTuple):
+    """What an input shows: width and height in pixels as displayed, rotation of the stored frames, seconds or None."""
 
-    state: str
-    reason: str = ""
+    width: int
+    height: int
+    rotation: int
+    duration: float | None
 
 
-def plan(input_root: Path, output_root: Path, target: Target, backend: str) -> tuple[list[Job], int]:
-    """The jobs in a fixed order, and the number of other files, which are left alone.
+def target_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) with the short side `size` and the other one in proportion, rounded down to even."""
+    if width > height:
+        return size * width // (2 * height) * 2, size
+    return size, size * height // (2 * width) * 2
 
-    Raises ReencodeError when two inputs would get the same output, or a folder cannot be listed.
+
+def look_at(info: VideoInfo) -> Look:
+    """Decode the first frame of a probed video; raises VideoReadError when there is none."""
+    frame = next(all_frames(info), None)
+    if frame is None:
+        raise VideoReadError(info.path, "no frame of it can be decoded")
+    rotation = round(frame.rotation) % 360
+    width, height = (frame.height, frame.width) if rotation in (90, 270) else (frame.width, frame.height)
+    container, stream = open_video(info.path)
+    with container:
+        return Look(width, height, rotation, _duration(container, stream))
+
+
+def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    # Matroska and WebM state a stream's length in a tag, if at all; that of the container includes its sound.
+    if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    return container.duration / av.time_base if container.duration else None
+
+
+def reencode(info: VideoInfo, output: Path, look: Look, target: Target) -> None:
+    """Write `output` from a probed video. Raises VideoReadError for a source that is damaged anywhere.
+
+    Raises also av.FFmpegError or OSError, and may then leave a part of `output` behind.
     """
-    jobs: dict[Path, Job] = {}
-    others = 0
-    for source in sorted(_files(input_root)):
-        stem, extension = os.path.splitext(source.name)
-        # DiDeMo has files whose name ends in a bare "."
-        if extension.lower() not in EXTENSIONS and extension != ".":
-            others += 1
-            continue
-        output = output_root / source.relative_to(input_root).with_name(f"{stem}.mp4")
-        if output in jobs:
-            raise ReencodeError(f"{jobs[output].source} and {source} would both become {output}; move one away first")
-        jobs[output] = Job(source, output, target, backend)
-    return list(jobs.values()), others
+    width, height = target_size(look.width, look.height, target.size)
+    # eof_action=pass: a frame for every 1/fps s that has begun, so that the shortest clips keep one.
+    filters = [*TURNS.get(look.rotation, []), "setpts=PTS-STARTPTS", f"fps={target.fps}:eof_action=pass"]
+    filters += [f"scale={width}:{height}", "setsar=1", "format=yuv420p", "buffersink"]
+    with av.open(str(output), "w") as writer:
+        encoder = writer.add_stream(ENCODER, rate=target.fps, width=width, height=height, pix_fmt="yuv420p")
+        encoder.codec_context.thread_count = 1  # the videos are already spread over the cores
+        for frame in _filtered(info, filters):
+            frame.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source's own pictures
+            writer.mux(encoder.encode(frame))
+        writer.mux(encoder.encode(None))
 
 
-def _files(root: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise ReencodeError(f"--input_root: cannot list {error.filename}: {error.strerror}") from error
+def _filtered(info: VideoInfo, filters: list[str]) -> Iterator[av.VideoFrame]:
+    """What the filters make of all frames. Damage raises: behind guessed pixels nothing could notice it any more."""
+    graph, first = av.filter.Graph(), None
+    for number, frame in enumerate(chain(all_frames(info), [None])):
+        if frame is not None:
+            if frame.is_corrupt:
+                raise VideoReadError(info.path, f"frame {number} is damaged")
+            if frame.pts is None:
+                frame.pts = frame.dts  # AVI stores no presentation times
+            shape: dict[str, Any] = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+            if first is None:
+                first, source = shape, graph.add_buffer(**shape, time_base=frame.time_base or info.time_base)
+                nodes = [graph.add(name, arguments) for name, _, arguments in (text.partition("=") for text in filters)]
+                graph.link_nodes(source, *nodes).configure()
+            elif shape != first:
+                raise VideoReadError(info.path, f"the frame size or format changes at {frame.time} s")
+        graph.push(frame)
+        with suppress(av.BlockingIOError, av.EOFError):  # until the next frame, or for good
+            while True:
+                yield graph.pull()  # type: ignore[misc]
 
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return found
+
+def why_unfit(look: Look, output: Path, target: Target) -> str | None:
+    """Why `output` is not the finished conversion of the video of `look`; None when it is."""
+    try:
+        with av.open(str(output)) as container:
+            if not container.streams.video:
+                return "has no video stream"
+            stream = container.streams.video[0]
+            if stream.codec_context.name != "h264":
+                return f"is {stream.codec_context.name}, not H.264"
+            width, height = target_size(look.width, look.height, target.size)
+            if (stream.width, stream.height) != (width, height):
+                return f"is {stream.width}x{stream.height}, not {width}x{height}"
+            if stream.average_rate != target.fps:
+                return f"has {float(stream.average_rate or Fraction(0)):g} frames a second, not {target.fps}"
+            if next(container.decode(stream), None) is None:
+                return "has no frame that can be decoded"
+            duration = _duration(container, stream)
+    except (av.FFmpegError, OSError) as error:
+        return f"cannot be opened: {error}"
+    # Rounding to whole frames at either end, and what sound or a lazy header adds to the stated length of an input.
+    if look.duration is not None and abs(duration - look.duration) > max(1.0, 2 / target.fps, 0.02 * look.duration):
+        return f"lasts {duration:.2f} s, the original {look.duration:.2f} s"
+    return None
 
 
-def convert(job: Job) -> Outcome:
-    """Make `job.output` unless a fit one is there; it appears under its name only when it is whole and checked."""
+def convert(job: Job) -> tuple[str, str]:
+    """Make `job.output` unless a fit one is there; it appears under its name only when it is whole and checked.
+
+    Returns ("converted" | "kept" | "failed", the reason of a failure).
+    """
     part = job.output.with_name(f".{job.output.name}.part.mp4")  # hidden: no reader takes a half-written file
     try:
         info = probe_video(job.source)
         look = look_at(info)
         if job.output.is_file() and why_unfit(look, job.output, job.target) is None:
-            return Outcome("kept")
+            return "kept", ""
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        reencode(info, part, look, job.target, job.backend)
-        trouble = why_unfit(look, part, job.target)
-        if trouble is not None:
-            raise ReencodeError(f"the result {trouble}")
+        reencode(info, part, look, job.target)
+        if trouble := why_unfit(look, part, job.target):
+            raise VideoReadError(job.source, f"the result {trouble}")
         os.replace(part, job.output)
-    except VideoReadError as error:
+    except (VideoReadError, av.FFmpegError, OSError) as error:
         part.unlink(missing_ok=True)
-        return _copy(job, error.cause)
-    except (ReencodeError, av.FFmpegError, OSError) as error:
-        part.unlink(missing_ok=True)
-        return _copy(job, f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
-    copied = _copy_of(job)
-    if copied != job.output:
-        copied.unlink(missing_ok=True)  # an earlier run could only copy it
-    return Outcome("converted")
+        reason = error.cause if isinstance(error, VideoReadError) else f"{type(error).__name__}: {error}"
+        return copy_original(job, reason)
+    if job.output.name != job.source.name:
+        job.output.with_name(job.source.name).unlink(missing_ok=True)  # an earlier run could only copy it
+    return "converted", ""
 
 
-def _copy_of(job: Job) -> Path:
-    return job.output.with_name(job.source.name)
-
-
-def _copy(job: Job, reason: str) -> Outcome:
+def copy_original(job: Job, reason: str) -> tuple[str, str]:
     """Put the original in the output folder, so that a dataset stays complete whatever could not be converted."""
-    copied = _copy_of(job)
-    part = copied.with_name(f".{copied.name}.part")
+    copy = job.output.with_name(job.source.name)
+    part = copy.with_name(f".{copy.name}.part")
     try:
-        copied.parent.mkdir(parents=True, exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.source, part)
-        os.replace(part, copied)
-        if copied != job.output:
+        os.replace(part, copy)
+        if copy != job.output:
             job.output.unlink(missing_ok=True)  # of an earlier run: readers would take it for the video
     except OSError as error:
         part.unlink(missing_ok=True)
-        return Outcome("failed", f"{reason}; not copied either: {error}")
-    return Outcome("failed", f"{reason}; copied as it is")
+        return "failed", f"{reason}; not copied either: {error}"
+    return "failed", f"{reason}; copied as it is"
 
 
-def after_crash(job: Job) -> Outcome:
-    """For a video that brought down the process that converted it."""
-    return _copy(job, "the decoder or encoder crashed on it")
+def plan(input_root: Path, output_root: Path, target: Target) -> tuple[list[Job], int]:
+    """The jobs in a fixed order, and the number of other files, which are left alone.
+
+    Raises ValueError when there is no video, two would get the same output, or a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"--input_root: cannot list {error.filename}: {error.strerror}") from error
+
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(input_root, onerror=fail, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    jobs: dict[Path, Job] = {}
+    for source in sorted(found):
+        stem, extension = os.path.splitext(source.name)
+        if extension.lower() in EXTENSIONS:
+            output = output_root / source.relative_to(input_root).with_name(f"{stem}.mp4")
+            if output in jobs:
+                raise ValueError(f"{jobs[output].source} and {source} would both become {output}; move one away")
+            jobs[output] = Job(source, output, target)
+    if not jobs:
+        raise ValueError(f"--input_root {input_root} holds no video ({len(found)} other files)")
+    return list(jobs.values()), len(found) - len(jobs)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line -> namespace with resolved roots and a backend chosen; exits with 2 for what cannot be done."""
+    """Command line -> namespace with resolved roots; exits with 2 for what cannot be done."""
     parser = argparse.ArgumentParser(prog="compress_video", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--input_root", type=Path, required=True, help="folder of the original videos")
     parser.add_argument("--output_root", type=Path, required=True, help="folder for the small ones; made if absent")
     parser.add_argument("--fps", type=int, default=3, help="frames a second of the result")
     parser.add_argument("--size", type=int, default=224, help="length of the short side in pixels, even")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="worker processes")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="auto: pyav if it has libx264")
     args = parser.parse_args(argv)
     if not args.input_root.is_dir():
         parser.error(f"--input_root {args.input_root} is not a folder")
@@ -153,37 +249,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("fps", "num_workers"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} must be >= 1, got {getattr(args, flag)}")
-    try:
-        args.backend = choose_backend(args.backend)
-        args.output_root.mkdir(parents=True, exist_ok=True)
-    except (ReencodeError, OSError) as error:
-        parser.error(str(error))
+    if ENCODER not in av.codecs_available:
+        parser.error(f"this build of PyAV has no {ENCODER}; install its wheel: pip install --only-binary av av")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert the folder, report, return the exit status."""
     args = parse_args(argv)
+    setup_logging(None, is_main=True)
     try:
-        jobs, others = plan(args.input_root, args.output_root, Target(args.fps, args.size), args.backend)
-    except ReencodeError as error:
+        args.output_root.mkdir(parents=True, exist_ok=True)
+        jobs, others = plan(args.input_root, args.output_root, Target(args.fps, args.size))
+    except (ValueError, OSError) as error:
         print(f"compress_video: {error}", file=sys.stderr)
         return 2
-    if not jobs:
-        print(f"compress_video: --input_root {args.input_root} holds no video ({others} other files)", file=sys.stderr)
-        return 2
-    outcomes = dict(run_parallel(convert, jobs, args.num_workers, "compress", after_crash))
-    count = {state: sum(o.state == state for o in outcomes.values()) for state in ("converted", "kept", "failed")}
-    failed = [f"{job.source}\t{outcomes[job].reason}" for job in jobs if outcomes[job].state == "failed"]
-    log = args.output_root / FAILURE_LOG
+    crashed = "the decoder or encoder crashed on it"
+    outcomes = dict(run_parallel(convert, jobs, args.num_workers, "compress", lambda job: copy_original(job, crashed)))
+    states = [state for state, _ in outcomes.values()]
+    failed = [f"{job.source}\t{outcomes[job][1]}\n" for job in jobs if outcomes[job][0] == "failed"]
+    log = args.output_root / "compress_failures.txt"
+    log.unlink(missing_ok=True)
+    see = ""
     if failed:
-        log.write_text("\n".join(failed) + "\n", encoding="utf-8")
-    else:
-        log.unlink(missing_ok=True)
-    print(
-        f"{count['converted']:,} converted with {args.backend}, {count['kept']:,} were there already, "
-        f"{count['failed']:,} failed" + (f", see {log}" if failed else "") + f"; {others:,} other files left alone"
-    )
+        log.write_text("".join(failed), encoding="utf-8")
+        see = f", see {log}"
+    done = f"{states.count('converted'):,} converted, {states.count('kept'):,} were there already"
+    print(f"{done}, {len(failed):,} failed{see}; {others:,} other files left alone")
     return 1 if failed else 0
 
 

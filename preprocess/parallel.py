@@ -1,4 +1,4 @@
-"""Run one function over many files in worker processes, surviving a worker that a file crashes."""
+"""Run one function over many files in worker processes, where a file that crashes its worker costs no other."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import islice
 from typing import TypeVar
 
-from tqdm import tqdm
+from engine.progress import Bar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,55 +25,43 @@ def run_parallel(
     label: str,
     on_crash: Callable[[Task], Result],
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, function(task)) as they finish, with a progress bar on stderr; at most `workers` processes.
+    """Yield (task, function(task)) as they finish, showing progress; at most `workers` processes.
 
-    `function` must be importable and turn its own exceptions into results. When a worker dies (a decoder that
-    crashes, memory that runs out), what was not finished runs again, each task in a process of its own, and a task
-    that dies once more yields `on_crash(task)`. With one worker everything runs in this process.
-    Workers end when this process does, even if it is killed.
+    `function` must be importable and turn its own exceptions into results. A task whose worker dies (a decoder that
+    crashes, memory that runs out) yields `on_crash(task)`. Workers end when this process does, even if it is killed.
     """
-    with tqdm(total=len(tasks), desc=label, unit="video", disable=not tasks) as bar:
-        done: set[int] = set()
-        for n, result in _finished(function, tasks, workers):
-            done.add(n)
-            bar.update()
-            yield tasks[n], result
-        for n, task in enumerate(tasks):
-            if n not in done:
-                yield task, _alone(function, task, on_crash)
-                bar.update()
+    waiting = iter(tasks)
+    running: dict[Future[Result], tuple[Task, ProcessPoolExecutor]] = {}
+    # A pool for each worker: a crash breaks a whole pool, so it must hold one task only.
+    with Bar(label, len(tasks)) as bar, ExitStack() as pools:
 
+        def start(task: Task, pool: ProcessPoolExecutor | None = None) -> None:
+            pool = pool or pools.enter_context(ProcessPoolExecutor(1, initializer=_end_with_parent))
+            try:
+                running[pool.submit(function, task)] = task, pool
+            except BrokenProcessPool:  # the worker died after its last task
+                start(task)
 
-def _finished(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Result]]:
-    """Results with the position of their task, until all are done or a worker dies."""
-    if workers <= 1:
-        yield from ((n, function(task)) for n, task in enumerate(tasks))
-        return
-    pool = ProcessPoolExecutor(max_workers=min(workers, max(len(tasks), 1)), initializer=_end_with_parent)
-    try:
-        position = {pool.submit(function, task): n for n, task in enumerate(tasks)}
-        for future in as_completed(position):
-            yield position[future], future.result()
-    except BrokenProcessPool:
-        return
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _alone(function: Callable[[Task], Result], task: Task, on_crash: Callable[[Task], Result]) -> Result:
-    with ProcessPoolExecutor(max_workers=1, initializer=_end_with_parent) as pool:
-        try:
-            return pool.submit(function, task).result()
-        except BrokenProcessPool:
-            return on_crash(task)
+        for task in islice(waiting, max(workers, 1)):
+            start(task)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, pool = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    result, pool = on_crash(task), None
+                for following in islice(waiting, 1):
+                    start(following, pool)
+                yield task, result
+                bar.advance()
 
 
 def _end_with_parent() -> None:
     """Make this worker exit when its parent is gone: one that was killed can tell nobody, and workers wait for ever."""
-    parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        parent.join()
+        multiprocessing.parent_process().join()
         os._exit(1)  # sys.exit would end this thread only
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -94,7 +94,7 @@ flags+=(--sim_header meanP --loose_type --linear_patch 2d --slice_framepos 2 --f
 if ((${SLURM_STEP_NUM_TASKS:-1} > 1)); then
   launcher=("$PYTHON") # srun has already started one of these per task
 elif [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
-  launcher=(srun "$PYTHON")
+  launcher=(srun --kill-on-bad-exit=1 "$PYTHON") # one failed task ends the others, which would wait for it
 elif ((NNODES > 1)); then
   launcher=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --nproc_per_node "$NPROC" --master_addr "${MASTER_ADDR:-}" --master_port "$MASTER_PORT")
@@ -129,7 +129,7 @@ Environment variables and their values now:
   NPROC        processes on this machine; default: its GPUs, else 1   $NPROC
   NNODES       machines; NODE_RANK, MASTER_ADDR and MASTER_PORT with more than one   $NNODES
   PYTHON       interpreter; default: .venv of the repository, else python3   $PYTHON
-Inside a SLURM allocation of several tasks srun starts the processes, and NPROC and NNODES play no part.
+Inside a SLURM allocation of several tasks srun starts one process per task; NPROC and NNODES are not used.
 
 Runs:
   $(printf '%q ' "${command[@]}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.make_sample_data import main as make_sample_data
+from tools.sample_data.__main__ import main as make_sample_data
 
 
 @pytest.fixture(scope="session")

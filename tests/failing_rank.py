@@ -2,36 +2,44 @@
 
     python failing_rank.py HOW RANK FLAG...
 
-HOW: raise, a ValueError in the first step of RANK; kill, SIGKILL there; freeze, SIGSTOP there. The time after which a
-silent rank counts as lost is cut to 5 s.
+HOW: raise, a ValueError in the first step of RANK; kill, SIGKILL there; freeze, SIGSTOP there; late, RANK comes 8 s
+after the others. The time-out of collectives is cut to 5 s.
 """
 
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+
 import main_task_retrieval  # noqa: E402
-from engine import rank_watch  # noqa: E402
+from engine import distributed  # noqa: E402
 from engine.step import Trainer  # noqa: E402
 
 
 def fail_at_step(how: str, rank: int) -> None:
     original = Trainer.step
 
-    def step(trainer, batch):
+    def step(trainer, *arguments):
         if trainer.world.rank == rank:
             if how == "raise":
                 raise ValueError("planned failure")
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[how])
-        return original(trainer, batch)
+        return original(trainer, *arguments)
 
     Trainer.step = step
 
 
 if __name__ == "__main__":
-    rank_watch.SILENT_SECONDS = 5.0
-    fail_at_step(sys.argv[1], int(sys.argv[2]))
-    sys.exit(main_task_retrieval.main(sys.argv[3:]))
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=5)
+    how, rank = sys.argv[1], int(sys.argv[2])
+    if how != "late":
+        fail_at_step(how, rank)
+    elif distributed.read_place(os.environ).rank == rank:
+        time.sleep(8)
+    sys.exit(record(main_task_retrieval.main)(sys.argv[3:]))

@@ -60,7 +60,7 @@ def at_write(number: int, act) -> None:
         (act if len(calls) == number else original)(content, file)
 
     class Torch:
-        """torch as modules/resume.py sees it; pytorch_model.bin is written by another module."""
+        """torch as engine/resume.py sees it; pytorch_model.bin is written by another module."""
 
         def __getattr__(self, name):
             return save if name == "save" else getattr(torch, name)

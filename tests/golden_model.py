@@ -1,13 +1,12 @@
 """Build our models from the weights of a golden vector, as ``main_task_retrieval.py`` would from a checkpoint."""
 
 import torch
+from tiny_models import make_model
 
-from checkpoints.read import clip_sizes, load_strict
-from modules.encoders.clip import CLIP
-from modules.heads import build_head
-from modules.heads.base import HeadOptions
-from modules.model import VideoTextModel
-from modules.optim import parameter_name
+from checkpoints.names import parameter_name, split_towers
+from checkpoints.read import load_strict
+from engine.compat import COMPAT
+from modules.encoders.clip import CLIP, clip_sizes
 
 
 def build(
@@ -15,18 +14,20 @@ def build(
     sim_header: str,
     num_layers: int = 2,
     compat: str = "none",
-    head_options: HeadOptions | None = None,
+    interaction: str = "no",
+    **settings,
 ):
     """Tensors under CLIP4Clip's names -> VideoTextModel in evaluation mode."""
-    clip = {k: v for k, v in tensors.items() if k.startswith("clip.")}
-    sizes = clip_sizes(clip)
-    head_options = head_options or HeadOptions(num_layers, normalize_frames=compat != "internvideo")
-    head = build_head(sim_header, sizes, head_options)
-    tower = CLIP(sizes, "quick_gelu", temporal_patch="clip.visual.conv2.weight" in clip)
-    unscaled = compat == "drl" or (compat == "internvideo" and head_options.interaction != "no")
-    model = VideoTextModel(tower, head, scale_evaluation=not unscaled).eval()
+    towers, rest = split_towers(tensors)
+    patch = "3d" if "visual.conv2.weight" in towers else "2d"
+    encoder = CLIP(clip_sizes(towers), "quick_gelu", CLIP.Options(linear_patch=patch))
+    source = COMPAT[compat]
+    settings = vars(source.conventions) | {"cross_num_hidden_layers": num_layers} | settings
+    scaled = source.scales_cosines if interaction == "no" else source.scales_tokens
+    model = make_model(encoder, sim_header, interaction, scaled, **settings).eval()
     names = {parameter_name(name): name for name in model.state_dict()}
-    kept = {k: v for k, v in tensors.items() if not k.startswith(head.ignored_prefixes or ("\0",))}
+    ignored = model.head.ignored_prefixes
+    kept = {k: v for k, v in tensors.items() if not (ignored and k.startswith(ignored))}
     load_strict(model, {names.get(k, k): v for k, v in kept.items()}, "golden vector")
     return model
 

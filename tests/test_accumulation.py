@@ -3,19 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from checkpoints.read import ClipSizes
-from engine.cached_step import cached_backward
 from engine.distributed import World
 from engine.evaluate import autocast
-from engine.step import NonFiniteError, Trainer, trade
-from modules.encoders.clip import CLIP
+from engine.step import NonFiniteError, Trainer, cached_backward, trade
+from modules.encoders.clip import CLIP, ClipSizes
 from modules.heads import HEADS
-from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
 
@@ -47,7 +45,7 @@ def one_thread():
 
 def make_model(head: str) -> VideoTextModel:
     torch.manual_seed(1)
-    model = VideoTextModel(CLIP(SIZES, "quick_gelu"), HEADS[head](SIZES, HeadOptions(num_layers=1)))
+    model = tiny_models.make_model(CLIP(SIZES, "quick_gelu"), head, cross_num_hidden_layers=1)
     model.head.register_parameter("unused", nn.Parameter(torch.ones(3, 3)))  # heads may leave parameters unused
     return model
 
@@ -75,11 +73,10 @@ def run(head: str, pieces: int, rank: int = 0, size: int = 1, steps: int = STEPS
     """Loss and gradients of the first batch, and the weights after `steps` steps."""
     model = make_model(head)
     optimizer = BertAdam(
-        parameter_groups(model, 1e-3, 0.1, 0.2, "none"),
+        parameter_groups(model.named_parameters(), 1e-3, 0.1, 0.2),
         lr=1e-3,
         warmup=0.1,
         t_total=100,
-        schedule="warmup_cosine",
         betas=(0.9, 0.98),
     )
     trainer = Trainer(model, optimizer, World(rank, size, CPU), "fp32", 1.0, pieces)
@@ -227,7 +224,7 @@ def test_tuples_masks_and_dropout():
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_a_loss_that_is_not_finite_updates_nothing(pieces):
     model = make_model("meanP")
-    optimizer = BertAdam(parameter_groups(model, 1e-3, 1.0, 0.2, "none"), lr=1e-3)
+    optimizer = BertAdam(parameter_groups(model.named_parameters(), 1e-3, 1.0, 0.2), lr=1e-3)
     trainer = Trainer(model, optimizer, World(0, 1, CPU), "fp32", 1.0, pieces)
     batch = make_batch(0)
     batch.frames = batch.frames.float()

@@ -125,7 +125,7 @@ def test_freezing_more_layers_than_there_are(msrvtt_flags, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["preprocess.make_sample_data", "preprocess.check_dataset", "preprocess.compress_video", "tools.demo"]
+    "command", ["tools.sample_data", "preprocess.check_dataset", "preprocess.compress_video", "tools.demo"]
 )
 def test_unknown_flags_of_the_other_commands(command):
     done = subprocess.run([sys.executable, "-m", command, "--no_such_flag"], cwd=ROOT, text=True, capture_output=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, batches
-from benchmarks.order_scores import interval, pair_wins
+from benchmarks.bench_order import FRAMERATE, FRAMES, SECONDS, batches, interval, pair_wins
 from dataloaders.video.frames import FrameSampling
-from preprocess.sample.plan import RATES
+from tools.sample_data.plan import RATES
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,36 +59,17 @@ def test_batches_hold_whole_pairs():
     assert len(set(np.concatenate(found))) == 16
 
 
+def bench_order(flags: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.bench_order", *flags.split(), "--output_dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+SHORT = "--epochs 1 --clip_epochs 1 --n_train 2 --n_test 1"
+
+
 def test_short_run_prints_the_table(tmp_path):
     """Every kind of head: with a position table, without, and the tower with temporal parts of its own."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.bench_order",
-            "--heads",
-            "meanP",
-            "seqTransf",
-            "clip_evl",
-            "--epochs",
-            "1",
-            "--clip_epochs",
-            "1",
-            "--n_train",
-            "2",
-            "--n_test",
-            "1",
-            "--order_pairs",
-            "3",
-            "--batch_pairs",
-            "4",
-            "--output_dir",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = bench_order(f"--heads meanP seqTransf clip_evl {SHORT} --order_pairs 3 --batch_pairs 4", tmp_path)
     assert done.returncode == 0, done.stderr
     tables = done.stdout.split("| head |")[1:]  # one as soon as a head is done
     rows = [line.split("|")[1].strip() for line in tables[-1].splitlines() if line.startswith("|")]
@@ -97,37 +77,13 @@ def test_short_run_prints_the_table(tmp_path):
 
 
 def test_clips_of_other_options_are_kept_until_force_is_given(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.bench_order",
-        "--heads",
-        "meanP",
-        "--epochs",
-        "1",
-        "--clip_epochs",
-        "1",
-        "--n_train",
-        "2",
-        "--n_test",
-        "1",
-        "--order_pairs",
-        "1",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    for more, status in (["--seed", "0"], 0), (["--seed", "1"], 1), (["--seed", "1", "--force"], 0):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    for more, status in ("--seed 0", 0), ("--seed 1", 1), ("--seed 1 --force", 0):
+        done = bench_order(f"--heads meanP {SHORT} --order_pairs 1 {more}", tmp_path)
         assert done.returncode == status, done.stderr
         assert ("pass --force to write over it" in done.stderr) == bool(status)
 
 
 def test_an_impossible_number_names_its_flag(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_order", "--order_pairs", "0", "--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = bench_order("--order_pairs 0", tmp_path)
     assert done.returncode == 2
     assert "--order_pairs must be >= 1, got 0" in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from video_files import cut_bytes, make_video
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.msrvtt import load
+from dataloaders.msrvtt import Options, load
 from dataloaders.split import Expected, VideoClip, build_split
 from preprocess.check_dataset import main, t2v_r1_ceiling
 
@@ -74,7 +74,7 @@ def test_missing_videos_are_counted_and_named(sample, capsys):
     assert report["splits"]["test"]["found"] == {"videos": 1, "captions": 1}
     out = capsys.readouterr().out
     assert "msrvtt test: 1 problems: 1 of 2 videos, 1 of 2 captions" in out
-    assert "  - 1 of 2 videos are not under" in out
+    assert "  - 1 of 2 videos of msrvtt test are missing on disk: 'v3'\n" in out
     assert "msrvtt train: ok" in out
 
 
@@ -133,7 +133,7 @@ def test_the_ceiling_counts_the_most_frequent_video_of_each_text():
 
 
 def test_the_ceiling_of_msrvtt_1k_a():
-    split = load("test", AnnotationFiles(val_csv=DATA / "MSRVTT_JSFUSION_test.csv"))
+    split = load("test", AnnotationFiles(options=Options(val_csv=DATA / "MSRVTT_JSFUSION_test.csv")))
     assert t2v_r1_ceiling(split) == pytest.approx(99.5)
     assert sum(copies - 1 for copies in Counter(split.captions).values()) == 5
 
@@ -219,7 +219,7 @@ def test_bad_usage_exits_with_2(sample, capsys, change, message):
 
 
 def test_nothing_to_check_exits_with_2(tmp_path, capsys):
-    for datatype, message in (("msrvtt", "give --train_csv, --val_csv or both"), ("msvd", "--data_path is needed")):
+    for datatype, message in (("msrvtt", "give --train_csv or --val_csv"), ("msvd", "--data_path is needed")):
         with pytest.raises(SystemExit) as stopped:
             main(["--datatype", datatype, "--features_path", str(tmp_path)])
         assert stopped.value.code == 2

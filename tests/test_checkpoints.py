@@ -17,15 +17,10 @@ from safetensors.torch import save, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from checkpoints.read import (
-    CheckpointError,
-    ClipSizes,
-    clip_sizes,
-    describe_wrong_file,
-    load_strict,
-    read_checkpoint,
-    save_checkpoint,
-)
+from checkpoints.files import describe_wrong_file
+from checkpoints.names import split_towers
+from checkpoints.read import CheckpointError, load_strict, read_checkpoint, save_checkpoint
+from modules.encoders.clip import ClipSizes, clip_sizes
 
 SIZES = ClipSizes(
     embed_dim=32,
@@ -162,13 +157,13 @@ def test_torchscript_archive(tmp_path, how, activation, name, dtype):
     assert_equal(checkpoint.tensors, canonical(model.state_dict()))  # .to() changed the model in place: rounded alike
     assert checkpoint.activation == name
     assert "TorchScript" in checkpoint.kind
-    assert clip_sizes(checkpoint.tensors) == SIZES
+    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
 
 
 def test_torchscript_archive_with_openais_integers(tmp_path):
     checkpoint = read_checkpoint(archive(tmp_path, tiny(integers=True), "trace"))
     assert not {"clip.vocab_size", "clip.input_resolution", "clip.context_length"} & set(checkpoint.tensors)
-    assert checkpoint.head_tensors == {}
+    assert split_towers(checkpoint.tensors)[1] == {}
 
 
 def test_torchscript_views_and_shared_storage(tmp_path):
@@ -206,7 +201,11 @@ def test_plain_state_dict(tmp_path, wrap, legacy):
 def test_module_inside_a_name_stays(tmp_path):
     state = canonical(tiny().state_dict()) | {"head.module.weight": torch.ones(2), "my_clip.visual.x": torch.ones(1)}
     torch.save(state, tmp_path / "x.pt")
-    assert set(read_checkpoint(tmp_path / "x.pt").head_tensors) == {"head.module.weight", "my_clip.visual.x"}
+    rest = split_towers(read_checkpoint(tmp_path / "x.pt").tensors)[1]
+    assert set(rest) == {
+        "head.module.weight",
+        "my_clip.visual.x",
+    }
 
 
 def test_openais_integers_tell_quick_gelu(tmp_path):
@@ -227,8 +226,9 @@ def test_clip4clip(tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin.4")
     checkpoint = read_checkpoint(tmp_path / "pytorch_model.bin.4")
     assert_equal(checkpoint.tensors, state)
-    assert_equal(checkpoint.head_tensors, HEADS)
-    assert set(checkpoint.clip_tensors) == set(canonical(tiny().state_dict()))
+    towers, rest = split_towers(checkpoint.tensors)
+    assert_equal(rest, HEADS)
+    assert set(towers) == set(canonical(tiny().state_dict(), ""))
     assert checkpoint.activation == "quick_gelu"
     assert "2 tensors of heads" in checkpoint.kind
 
@@ -259,7 +259,7 @@ def test_open_clip(tmp_path, kind, model_class, quick):
     checkpoint = read_checkpoint(tmp_path)
     assert_equal(checkpoint.tensors, {"clip." + key.removeprefix("text."): value for key, value in state.items()})
     assert checkpoint.activation == {True: "quick_gelu", False: "gelu", None: None}[quick]
-    assert clip_sizes(checkpoint.tensors) == SIZES
+    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
     assert checkpoint.path == tmp_path / kind
 
 
@@ -315,8 +315,8 @@ def test_hugging_face(tmp_path, activation, safe):
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint.activation == activation
     assert checkpoint.kind == "CLIP, Hugging Face CLIPModel"
-    assert checkpoint.head_tensors == {}
-    assert clip_sizes(checkpoint.tensors) == SIZES
+    assert split_towers(checkpoint.tensors)[1] == {}
+    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
     ours = OpenClip(
         32,
         CLIPVisionCfg(**OPEN_CLIP_SIZES["vision_cfg"]),
@@ -390,7 +390,7 @@ def test_clip_sizes_at_the_real_shape():
     for i in range(12):
         shapes[f"visual.transformer.resblocks.{i}.attn.in_proj_weight"] = (2304, 768)
         shapes[f"transformer.resblocks.{i}.attn.in_proj_weight"] = (1536, 512)
-    tensors = {f"clip.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert list(asdict(clip_sizes(tensors)).values()) == [512, 224, 12, 768, 32, 77, 49408, 512, 8, 12, 12]
 
 
@@ -401,7 +401,8 @@ def test_clip_sizes_of_the_recorded_models():
     assert manifests, f"no A*.json in {golden}"
     for manifest in manifests:
         shapes = {key: spec[0] for key, spec in manifest["weights"]["tensors"].items()}
-        sizes = asdict(clip_sizes({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}))
+        towers = split_towers({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})[0]
+        sizes = asdict(clip_sizes(towers))
         config = manifest["config"]
         for key in ("embed_dim", "image_resolution", "vision_layers", "vision_width", "context_length", "vocab_size"):
             assert sizes[key] == config[key]
@@ -422,8 +423,8 @@ def test_clip_sizes_of_the_recorded_models():
     ],
 )
 def test_clip_sizes_refuses(key, shape, message):
-    with pytest.raises(CheckpointError, match=message):
-        clip_sizes(canonical(tiny().state_dict()) | {f"clip.{key}": torch.empty(shape)})
+    with pytest.raises(ValueError, match=message):
+        clip_sizes(canonical(tiny().state_dict(), "") | {key: torch.empty(shape)})
 
 
 def test_load_strict_lists_what_differs_and_copies_nothing():

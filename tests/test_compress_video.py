@@ -10,15 +10,13 @@ import time
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import numpy as np
 import pytest
 from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
 
 from dataloaders.video.decode import VideoReadError, decode_frames, probe_video
-from preprocess.compress_video import main
+from preprocess.compress_video import Look, Target, look_at, main, target_size, why_unfit
 from preprocess.parallel import run_parallel
-from preprocess.reencode import Look, Target, choose_backend, look_at, target_size, why_unfit
 
 
 def compress(root: Path, *more: str) -> int:
@@ -38,19 +36,9 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["pyav", "ffmpeg"])
-def backend(request, tmp_path, monkeypatch) -> str:
-    """Each backend; for the second a real ffmpeg is put on PATH, that of the package imageio-ffmpeg."""
-    if request.param == "ffmpeg":
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin" / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    return request.param
-
-
-def test_three_frames_a_second_short_side_224(root, backend):
+def test_three_frames_a_second_short_side_224(root):
     make_video(root / "in" / "movie" / "clip.avi", 90, codec="mpeg4", size=(100, 64))
-    assert compress(root, "--backend", backend) == 0
+    assert compress(root) == 0
     images, rate = frames_of(root / "out" / "movie" / "clip.mp4")
     assert rate == 3
     assert images[0].shape == (224, 350, 3)  # 100 * 224 / 64
@@ -69,14 +57,14 @@ def test_target_size_rounds_the_long_side_down_to_even(shape, expected):
     assert target_size(*shape, 224) == expected
 
 
-def test_portrait_rotated_shifted_and_very_short_videos(root, backend):
+def test_portrait_rotated_shifted_and_very_short_videos(root):
     upright = make_video(root / "in" / "portrait.mkv", 45, size=(64, 96))
     rotated = make_video(root / "in" / "rotated.mp4", 45, rotation=90)
     copy_stream(rotated, root / "in" / "late.mp4", shift=5.0)
     make_video(root / "in" / "short.mp4", 1)
     make_video(root / "in" / "10@N_a..mov", 30)
     make_video(root / "in" / "bare.mov", 30).rename(root / "in" / "bare.")
-    assert compress(root, "--backend", backend) == 0
+    assert compress(root) == 0
     for name in ("portrait", "rotated", "late"):
         images, _ = frames_of(root / "out" / f"{name}.mp4")
         assert (len(images), images[0].shape) == (5, (336, 224, 3))
@@ -94,16 +82,16 @@ def test_a_second_run_keeps_what_fits_and_redoes_what_does_not(root, capsys):
     for n in range(3):
         make_video(root / "in" / f"{n}.mp4", 60)
     assert compress(root) == 0
-    assert "3 converted with pyav, 0 were there already, 0 failed" in capsys.readouterr().out
+    assert "3 converted, 0 were there already, 0 failed" in capsys.readouterr().out
     cut_bytes(root / "in" / "0.mp4", root / "out" / "0.mp4", 0.3)  # a half-written file under the final name
     (root / "out" / "1.mp4").unlink()
     stamp = (root / "out" / "2.mp4").stat().st_mtime_ns
     assert compress(root) == 0
-    assert "2 converted with pyav, 1 were there already" in capsys.readouterr().out
+    assert "2 converted, 1 were there already" in capsys.readouterr().out
     assert (root / "out" / "2.mp4").stat().st_mtime_ns == stamp
     assert len(frames_of(root / "out" / "0.mp4")[0]) == 6
     assert compress(root, "--fps", "2") == 0
-    assert "3 converted with pyav, 0 were there already" in capsys.readouterr().out
+    assert "3 converted, 0 were there already" in capsys.readouterr().out
     assert len(frames_of(root / "out" / "0.mp4")[0]) == 4
     assert not [path for path in (root / "out").iterdir() if "part" in path.name]
 
@@ -115,7 +103,7 @@ def test_what_cannot_be_converted_is_copied_and_listed(root, capsys):
     make_audio(root / "in" / "sound.mp4")
     (root / "in" / "notes.txt").write_text("not a video")
     assert compress(root) == 1
-    assert "1 converted with pyav, 0 were there already, 3 failed, see " in capsys.readouterr().out
+    assert "1 converted, 0 were there already, 3 failed, see " in capsys.readouterr().out
     listed = dict(line.split("\t") for line in (root / "out" / "compress_failures.txt").read_text().splitlines())
     assert "it is cut off" in listed[str(root / "in" / "cut.mkv")]
     assert "Invalid data" in listed[str(root / "in" / "movie" / "bad.avi")]
@@ -162,12 +150,12 @@ def test_two_inputs_for_one_output_are_refused(root, capsys):
         (["--input_root", "nowhere"], "--input_root nowhere is not a folder"),
         (["--size", "225"], "--size must be even"),
         (["--fps", "0"], "--fps must be >= 1, got 0"),
-        (["--backend", "ffmpeg"], "--backend ffmpeg: no ffmpeg on PATH"),
+        (["--backend", "pyav"], "unrecognized arguments: --backend"),
+        (["--num_workers", "0"], "--num_workers must be >= 1, got 0"),
     ],
 )
 def test_bad_usage_exits_with_2(root, capsys, monkeypatch, change, message):
     monkeypatch.chdir(root)
-    monkeypatch.setenv("PATH", str(root))
     with pytest.raises(SystemExit) as stopped:
         main(["--input_root", "in", "--output_root", "out", *change])
     assert stopped.value.code == 2
@@ -177,10 +165,6 @@ def test_bad_usage_exits_with_2(root, capsys, monkeypatch, change, message):
 def test_an_empty_folder_exits_with_2(root, capsys):
     assert compress(root) == 2
     assert "holds no video (0 other files)" in capsys.readouterr().err
-
-
-def test_auto_takes_pyav_whose_wheels_have_the_encoder():
-    assert choose_backend("auto") == choose_backend("pyav") == "pyav"
 
 
 def test_why_unfit_tells_size_rate_and_duration(tmp_path):
@@ -202,9 +186,16 @@ def die_on_three(number: int) -> int:
     return number * number
 
 
-def test_a_crashing_worker_costs_only_its_own_task():
-    results = run_parallel(die_on_three, range(6), 2, "squares", on_crash=lambda number: -number)
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_a_crashing_worker_costs_only_its_own_task(workers):
+    results = run_parallel(die_on_three, range(6), workers, "squares", on_crash=lambda number: -number)
     assert dict(results) == {0: 0, 1: 1, 2: 4, 3: -3, 4: 16, 5: 25}
+    assert not list(run_parallel(die_on_three, [], workers, "nothing", on_crash=abs))
+
+
+def test_workers_that_all_crash_are_all_replaced():
+    results = run_parallel(os._exit, range(1, 21), 3, "exits", on_crash=lambda number: -number)
+    assert dict(results) == {number: -number for number in range(1, 21)}
 
 
 MPEG4 = {"codec": "mpeg4", "codec_options": {"qscale": "3"}}
@@ -228,7 +219,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_not_hidden_in_a_clean_file(root, name, backend):
+def test_damage_is_not_hidden_in_a_clean_file(root, name):
     made, damage = DAMAGED[name]
     whole = make_video(root / name, 90, **made)
     source = root / "in" / "movie" / name
@@ -241,7 +232,7 @@ def test_damage_is_not_hidden_in_a_clean_file(root, name, backend):
     stale = root / "out" / "movie" / (source.stem + ".mp4")
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier run")
-    assert compress(root, "--backend", backend) == 1
+    assert compress(root) == 1
     line = (root / "out" / "compress_failures.txt").read_text()
     assert line.startswith(f"{source}\t")
     assert refused.value.cause.split("(")[0][:10] in line
@@ -250,15 +241,16 @@ def test_damage_is_not_hidden_in_a_clean_file(root, name, backend):
     assert copy.read_bytes() == source.read_bytes()
 
 
-def processes_saying(word: str) -> list[int]:
-    """Ids of running processes with `word` in their command line; forked workers share that of their parent."""
+def processes_of(group: int) -> list[int]:
+    """Ids of the running processes of a process group."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
+            state, _, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:  # ended meanwhile
             continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(entry.name))
     return found
 
 
@@ -277,11 +269,10 @@ def test_workers_end_when_the_command_is_killed(root):
         (root / "in" / f"{n}.mp4").symlink_to(first)
     command = [sys.executable, "-m", "preprocess.compress_video", "--input_root", str(root / "in")]
     command += ["--output_root", str(root / "out"), "--num_workers", "3"]
-    running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
-    word = str(root / "out")
+    running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True)
     try:
-        assert wait_for(lambda: len(processes_saying(word)) >= 4 and list((root / "out").glob("*.mp4")), 60)
+        assert wait_for(lambda: len(processes_of(running.pid)) >= 4 and list((root / "out").glob("*.mp4")), 60)
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    assert wait_for(lambda: not processes_saying(word), 10), f"still running: {processes_saying(word)}"
+    assert wait_for(lambda: not processes_of(running.pid), 10), f"still running: {processes_of(running.pid)}"

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from dataloaders.datasets import Batch, Collate, Failure, Item, PairDataset, VideoDataset, VideoSource, pad_frames, trim
-from dataloaders.loaders import CaptionBatches, GlobalBatchSampler, ShardedBatches, pair_loader, video_loader
+from dataloaders.loaders import CaptionBatches, GlobalBatchSampler, Reading, ShardedBatches, pair_loader, video_loader
+from dataloaders.msrvtt import Options
 from dataloaders.registry import AnnotationFiles, load_split
-from dataloaders.video.frames import FrameSampling
+from dataloaders.video import FrameSampling, FrameTransform, decode_frames
+from dataloaders.video.rules import RULES, FrameRule
 
 SAMPLING = FrameSampling("stride", 1, 3, 2)
 
@@ -15,11 +17,8 @@ SAMPLING = FrameSampling("stride", 1, 3, 2)
 @pytest.fixture(scope="module")
 def splits(sample):
     data = sample / "msrvtt"
-    files = AnnotationFiles(
-        data_path=data / "MSRVTT_data.json",
-        train_csv=data / "MSRVTT_train.9k.csv",
-        val_csv=data / "MSRVTT_JSFUSION_test.csv",
-    )
+    lists = Options(train_csv=data / "MSRVTT_train.9k.csv", val_csv=data / "MSRVTT_JSFUSION_test.csv")
+    files = AnnotationFiles(data / "MSRVTT_data.json", lists)
     return {name: load_split("msrvtt", name, files, data / "videos" / "all") for name in ("train", "test")}
 
 
@@ -83,9 +82,7 @@ def test_pairs_expanded_and_drawn(splits):
 
 
 def test_a_training_batch(splits):
-    loader = pair_loader(
-        splits["train"], VideoSource(SAMPLING, 32), tokenize, expand=True, batch_size=8, num_workers=0, seed=0
-    )
+    loader = pair_loader(splits["train"], VideoSource(SAMPLING, 32), tokenize, Reading(), expand=True, batch_size=8)
     batch = next(iter(loader))
     assert batch.frames.dtype == torch.uint8
     assert batch.frames.shape[0] == 8
@@ -103,7 +100,7 @@ def test_every_video_and_caption_once(splits):
             i
             for rank in range(world_size)
             for batch in video_loader(
-                test, VideoSource(SAMPLING, 32), batch_size=5, num_workers=0, rank=rank, world_size=world_size
+                test, VideoSource(SAMPLING, 32), Reading(rank=rank, world_size=world_size), batch_size=5
             )
             for i in batch.index.tolist()
         ]
@@ -128,10 +125,19 @@ def test_frame_order(splits):
         assert sorted(f.sum().item() for f in mixed[index].frames) == sorted(f.sum().item() for f in frames)
 
 
-def test_both_decoders_give_the_same_batch(splits):
-    sources = [VideoSource(SAMPLING, 32, decoder) for decoder in ("pyav", "opencv")]
-    frames = [VideoDataset(splits["test"], source)[3].frames for source in sources]
-    assert torch.equal(*frames)
+def test_a_frame_rule_may_draw_in_training_and_not_in_evaluation(splits, monkeypatch):
+    class Drawn(FrameRule):
+        def choose(self, fps, frame_count, start, end, generator):
+            return [0 if generator is None else 1 + int(generator.integers(frame_count - 1))]
+
+    monkeypatch.setitem(RULES._found, "drawn", Drawn)
+    source = VideoSource(FrameSampling("drawn"), 32)
+    pairs, videos = PairDataset(splits["train"], source, expand=True), VideoDataset(splits["train"], source)
+    first = FrameTransform(32)(decode_frames(splits["train"].videos[0].path, [0]))
+    assert torch.equal(videos[0].frames, first)
+    seen = [pairs[epoch, 0].frames for epoch in range(4)]
+    assert any(not torch.equal(frames, seen[0]) for frames in seen)
+    assert torch.equal(pairs[2, 0].frames, seen[2])
 
 
 def test_a_failed_video_is_carried_not_replaced():

@@ -39,18 +39,21 @@ def msrvtt_json(path: Path, captions: dict[str, list[str]]) -> Path:
 
 
 def test_every_dataset_declares_the_same_things():
-    assert list(DATASETS) == ["msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex"]
-    for datatype, module in DATASETS.items():
-        assert (module.FRAME_RULE == "second") == (datatype in ("msvd", "activity"))
-        assert module.FRAME_RULE in ("second", "stride")
-        assert module.HAS_VAL is ("val" in module.SPLITS)
-        assert all(extension.startswith(".") for extension in module.EXTENSIONS)
+    assert sorted(DATASETS) == ["activity", "didemo", "lsmdc", "msrvtt", "msvd", "vatex"]
+    for datatype, dataset in DATASETS.items():
+        assert dataset.name == datatype
+        assert (dataset.frame_rule == "second") == (datatype in ("msvd", "activity"))
+        assert dataset.frame_rule in ("second", "stride")
+        assert ("val" in dataset.splits) == (datatype not in ("msrvtt", "activity"))
+        assert all(extension.startswith(".") for extension in dataset.extensions)
+        assert dataset.draws_captions(dataset.Options()) == (datatype == "msrvtt")
+    assert not DATASETS["msrvtt"].draws_captions(msrvtt.Options(expand_msrvtt_sentences=True))
 
 
-@pytest.mark.parametrize("module", DATASETS.values(), ids=list(DATASETS))
-def test_an_unknown_split_lists_those_there_are(module):
-    with pytest.raises(AnnotationError, match=f"{module.DATATYPE} has no split 'dev'; it has train, "):
-        module.load("dev", AnnotationFiles())
+@pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
+def test_an_unknown_split_lists_those_there_are(dataset):
+    with pytest.raises(AnnotationError, match=f"{dataset.name} has no split 'dev'; it has train, "):
+        dataset.load("dev", AnnotationFiles())
 
 
 # MSR-VTT ------------------------------------------------------------------------------------------------------------
@@ -61,13 +64,13 @@ def test_msrvtt_real_training_lists(tmp_path, name, count):
     train_csv = DATA / f"MSRVTT_train.{name}.csv"
     ids = train_csv.read_text().split()[1:]
     data = msrvtt_json(tmp_path / "MSRVTT_data.json", {i: [f"{i} {n}" for n in range(20)] for i in ids})
-    split = msrvtt.load("train", AnnotationFiles(data_path=data, train_csv=train_csv))
+    split = msrvtt.load("train", AnnotationFiles(data, msrvtt.Options(train_csv=train_csv)))
     assert (len(split.videos), len(split.captions)) == (count, 20 * count)
     assert split.expected == Expected(count, 20 * count)
 
 
 def test_msrvtt_real_1k_a():
-    split = msrvtt.load("test", AnnotationFiles(val_csv=DATA / "MSRVTT_JSFUSION_test.csv"))
+    split = msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=DATA / "MSRVTT_JSFUSION_test.csv")))
     assert split.expected == Expected(1_000, 1_000)
     assert np.array_equal(split.caption_to_video, np.arange(1_000))
     assert len(set(split.captions)) == 995
@@ -78,24 +81,26 @@ def test_msrvtt_lists_without_sentences_take_all_captions(tmp_path):
     ids = [f"video{n}" for n in range(2_990)]
     full = write(tmp_path / "full_test.csv", "video_id\n" + "\n".join(ids))
     data = msrvtt_json(tmp_path / "data.json", {i: [f"{i} {n}" for n in range(20)] for i in ids})
-    split = msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=full))
+    split = msrvtt.load("test", AnnotationFiles(data, msrvtt.Options(val_csv=full)))
     assert len(split.captions) == split.expected.captions == 59_800
     b_list = write(tmp_path / "1k_b.csv", "video_id\n" + "\n".join(ids[:1_000]))
-    assert msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=b_list)).expected == Expected(1_000, 20_000)
+    assert msrvtt.load("test", AnnotationFiles(data, msrvtt.Options(val_csv=b_list))).expected == Expected(
+        1_000, 20_000
+    )
     val = write(tmp_path / "val.csv", "video_id\n" + "\n".join(ids[:497]))
-    assert msrvtt.load("test", AnnotationFiles(data_path=data, val_csv=val)).expected.videos == 497
+    assert msrvtt.load("test", AnnotationFiles(data, msrvtt.Options(val_csv=val))).expected.videos == 497
 
 
 def test_msrvtt_lists_of_another_length_are_held_to_the_nearest(tmp_path):
     text = 'key,vid_key,video_id,sentence\nret0,msr1,video1,"one, two"\n\nret1,msr2,video2,"say ""hi"""\n'
     val_csv = write(tmp_path / "val.csv", "\ufeff" + text.replace("\n", "\r\n"))
-    split = msrvtt.load("test", AnnotationFiles(val_csv=val_csv))
+    split = msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=val_csv)))
     assert captions_of(split) == {"video1": ["one, two"], "video2": ['say "hi"']}
     assert split.expected == Expected(1_000, 1_000, published=(1_000,))
     ids = [f"video{n}" for n in range(7_009)]
     train_csv = write(tmp_path / "train.csv", "video_id\n" + "\n".join(ids))
     data = msrvtt_json(tmp_path / "data.json", {i: [i] for i in ids})
-    split = msrvtt.load("train", AnnotationFiles(data_path=data, train_csv=train_csv))
+    split = msrvtt.load("train", AnnotationFiles(data, msrvtt.Options(train_csv=train_csv)))
     assert split.expected == Expected(7_010, 140_200, published=(9_000, 7_010, 6_513))
 
 
@@ -111,12 +116,18 @@ def test_msrvtt_lists_of_another_length_are_held_to_the_nearest(tmp_path):
         ("video_id,video_id\nvideo1,a\n", r"val\.csv: line 1: column 'video_id' occurs twice"),
         ("video_id,sentence\n", r"val\.csv: no row in the file"),
         ("", r"val\.csv: no row in the file"),
+        ("\n \n", r"val\.csv: no row in the file"),
+        ("\nvideo_id,sentence\n\nvideo1\n", r"val\.csv: line 4: 1 cells where the header has 2"),
+        ("video_id,sentence\nvideo1,a,b,c,d\n", r"val\.csv: line 2: 5 cells where the header has 2"),
+        ('video_id,sentence\nvideo1,"a"b\nvideo2,c\n', r"val\.csv: line 2: ',' expected after '\"'"),
+        ('video_id,sentence\nvideo1,"a\nb"\nvideo2\n', r"val\.csv: line 4: 1 cells where the header has 2"),
+        ('video_id,sentence\n"\n",a,"b\n",c,d,e\n', r"val\.csv: line 4: 6 cells where the header has 2"),
     ],
 )
 def test_msrvtt_malformed_csv(tmp_path, content, message):
     val_csv = write(tmp_path / "val.csv", content)
     with pytest.raises(AnnotationError, match=message):
-        msrvtt.load("test", AnnotationFiles(val_csv=val_csv))
+        msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=val_csv)))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +146,8 @@ def test_msrvtt_malformed_csv(tmp_path, content, message):
 )
 def test_msrvtt_malformed_json(tmp_path, content, message):
     files = AnnotationFiles(
-        data_path=write(tmp_path / "data.json", content),
-        train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n"),
+        write(tmp_path / "data.json", content),
+        msrvtt.Options(train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n")),
     )
     with pytest.raises(AnnotationError, match=message):
         msrvtt.load("train", files)
@@ -146,14 +157,14 @@ def test_text_that_is_not_utf8_names_line_and_column(tmp_path):
     path = tmp_path / "val.csv"
     path.write_bytes(b"video_id,sentence\nvideo1,caf\xe9\n")
     with pytest.raises(AnnotationError, match=r"val\.csv: line 2, column 11: not UTF-8"):
-        msrvtt.load("test", AnnotationFiles(val_csv=path))
+        msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=path)))
 
 
 def test_absent_files_name_the_flag(tmp_path):
     with pytest.raises(AnnotationError, match="--train_csv is needed"):
         msrvtt.load("train", AnnotationFiles())
     with pytest.raises(AnnotationError, match=r"gone\.csv: cannot be read: No such file"):
-        msrvtt.load("train", AnnotationFiles(train_csv=tmp_path / "gone.csv"))
+        msrvtt.load("train", AnnotationFiles(options=msrvtt.Options(train_csv=tmp_path / "gone.csv")))
     with pytest.raises(AnnotationError, match="--data_path is needed: the folder that holds test_list.txt"):
         msvd.load("test", AnnotationFiles())
     with pytest.raises(AnnotationError, match="put test_list.txt into --data_path"):
@@ -271,7 +282,7 @@ def test_lsmdc_reads_the_whole_training_file_and_can_leave_the_gap(tmp_path):
     write(tmp_path / "LSMDC16_annos_training.csv", "\n".join(rows))
     split = lsmdc.load("train", AnnotationFiles(data_path=tmp_path))
     assert (len(split.captions), len(split.videos)) == (101_079, 100_079)
-    cut = lsmdc.load("train", AnnotationFiles(data_path=tmp_path, lsmdc_source_gap=True))
+    cut = lsmdc.load("train", AnnotationFiles(tmp_path, lsmdc.Options(lsmdc_source_gap=True)))
     gone = {clip.video_id for clip in split.videos} - {clip.video_id for clip in cut.videos}
     assert gone == {f"m_{n}" for n in range(59_200, 59_300)}  # 1,000 unique ids stand for the first 2,000 rows
     assert cut.expected == UNPUBLISHED
@@ -356,7 +367,7 @@ def test_didemo_exact_names_come_first_and_stems_second(tmp_path, caplog):
     split = didemo.load("test", didemo_files(tmp_path, ["a.mov", "b."], told))
     assert captions_of(split) == {"a.mov": ["one two"], "b.": ["three four"]}
     assert "1 descriptions name a listed video with another extension" in caplog.text
-    longer = AnnotationFiles(data_path=tmp_path, didemo_clip_seconds=31)
+    longer = AnnotationFiles(tmp_path, didemo.Options(didemo_clip_seconds=31))
     assert didemo.load("test", longer).videos[0].end == 31.0
 
 
@@ -365,7 +376,7 @@ def test_didemo_exact_names_come_first_and_stems_second(tmp_path, caplog):
     [
         (["a.mov", "a.mp4"], [("a.mov", "x")], r"test_list\.txt: id 'a\.mp4': id 'a' already stands at id 'a\.mov'"),
         (["a.mov", "b."], [("a.mov", "x")], r"test_list\.txt: 1 ids have no caption in .*test_data\.json: 'b'"),
-        (["a.mov"], [("a.mov", " ")], r"test_data\.json: video 'a\.mov': no text in its 1 descriptions"),
+        (["a.mov"], [("a.mov", " ")], r"test_data\.json: video 'a\.mov': no text in any of 1 sentences"),
         (["a.mov"], [("a.mov", 3)], r"test_data\.json: \[0\]\.description: must be a str"),
     ],
 )
@@ -418,10 +429,10 @@ def test_vatex_malformed(tmp_path, entries, message):
 
 
 def test_load_split_names_datatype_and_missing_videos(tmp_path):
-    with pytest.raises(AnnotationError, match="--datatype 'msr' is not known; it is one of msrvtt, msvd"):
+    with pytest.raises(AnnotationError, match="--datatype must be one of activity, didemo, .*, got msr"):
         load_split("msr", "test", AnnotationFiles(), tmp_path)
     val_csv = write(tmp_path / "val.csv", "video_id,sentence\nvideo1,a\nvideo2,b\n")
     write(tmp_path / "videos" / "video2.webm", "x")
-    split = load_split("msrvtt", "test", AnnotationFiles(val_csv=val_csv), tmp_path / "videos")
+    split = load_split("msrvtt", "test", AnnotationFiles(options=msrvtt.Options(val_csv=val_csv)), tmp_path / "videos")
     assert split.missing_videos == ("video1",)
     assert captions_of(split) == {"video2": ["b"]}

@@ -1,5 +1,8 @@
 """Two gloo processes against one: the loss and the gradients of the whole batch."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,14 +12,23 @@ from golden_vectors import fixtures, inputs, load, weights
 from tiny_models import batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.gather import gather_rows
-from modules.optim import parameter_name
+from checkpoints.names import parameter_name
+from engine.distributed import World, agree, gather_rows, same_sizes
+from engine.step import Shares, Trainer
+from modules.optim import BertAdam, parameter_groups
 
 VECTORS = fixtures("A11_two_ranks_*")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {parameter_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def with_others(share: list[torch.Tensor]) -> dict:
+    """What forward takes for a share, padded as the trainer pads it: arrays, and how rows are gathered."""
+    batch = SimpleNamespace(**dict(zip(("token_ids", "token_mask", "frames", "frame_mask"), share)))
+    shares = Shares.of(batch)
+    return dict(zip(vars(batch), shares.pad(batch))) | {"gather": partial(gather_rows, counts=shares.counts)}
 
 
 def one_rank(rank: int, stem: str, store: str, uneven: bool, results) -> None:
@@ -27,7 +39,7 @@ def one_rank(rank: int, stem: str, store: str, uneven: bool, results) -> None:
     cut = 1 if uneven else len(batch[0]) // 2
     share = [x[:cut] if rank == 0 else x[cut:] for x in batch]
     wrapped = DistributedDataParallel(model)  # kept alive: its hooks average the gradients during backward
-    loss = wrapped(*share)
+    loss = wrapped(**with_others(share))
     loss.backward()
     results[rank] = (loss.item(), {k: g.numpy() for k, g in gradients(model).items()})
     dist.destroy_process_group()
@@ -56,7 +68,47 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
 
 def test_gathering_is_the_identity_alone():
     x = torch.randn(3, 2, requires_grad=True)
-    assert gather_rows(x) is x
+    assert gather_rows(x, [3]) is x
+    assert agree(4, 5).tolist() == [[4, 5]]
+
+
+def count_collectives(rank: int, store: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    called: list[str] = []
+    for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather_into_tensor"):
+        original = getattr(dist, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            tensor = args[1] if name == "all_gather" else args[0]
+            integers = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int64 and tensor.device.type == "cpu"
+            called.append(f"{name} of integers" if integers else name)
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    share = share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank])
+    parts = dict(zip(("token_ids", "token_mask", "frames", "frame_mask"), share))
+    for pieces in (1, 2):
+        model = tiny_model("xpool")
+        optimizer = BertAdam(parameter_groups(model.named_parameters(), 1e-3, 0.1, 0.2), lr=1e-3)
+        trainer = Trainer(model, optimizer, World(rank, 2, torch.device("cpu")), "fp32", 1.0, pieces)
+        for _ in range(2):  # DDP talks more in its first step
+            called.clear()
+            trainer.step(SimpleNamespace(**parts, video_ids=()))
+        results[rank, pieces] = list(called)
+    dist.destroy_process_group()
+
+
+def test_a_step_sends_one_message_besides_tensors(tmp_path):
+    """No pickled object. X-Pool has 2 tensors for a text, 3 for a video: all are gathered, the gradients of all but the
+    mask summed; with pieces, those of the parameters as well, where else DDP does so in C++.
+    """
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(count_collectives, (str(tmp_path / "store"), results), nprocs=2)
+        assert len(results) == 4
+        for (_, pieces), called in results.items():
+            reductions = 4 + (pieces > 1)
+            assert sorted(called) == ["all_gather"] * 5 + ["all_gather of integers"] + ["all_reduce"] * reductions
 
 
 PAIRWISE = [("tightTransf", "no", "2d"), ("xpool", "no", "2d"), ("seqTransf", "wti", "2d"), ("meanP", "wti", "evl")]
@@ -73,9 +125,11 @@ def one_tiny_rank(rank: int, case: tuple, store: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
     wrapped = DistributedDataParallel(model)
-    loss = wrapped(*share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank]), generator=torch.Generator().manual_seed(3))
+    share = share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank])
+    loss = wrapped(**with_others(share), generator=torch.Generator().manual_seed(3))
     loss.backward()
-    none = gather_rows((torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None, torch.device("cpu"))
+    some = (torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None
+    none = gather_rows(same_sizes(some, torch.device("cpu")), [0, 2])
     assert [tuple(part.shape) for part in none] == [(2, 3), (2,)]
     assert none[1].dtype == torch.bool
     results[rank] = (loss.item(), {k: g.numpy() for k, g in gradients(model).items()})

@@ -1,16 +1,14 @@
-"""--dry_run: the plan in figures, and the errors of a run before its weights are read."""
+"""--dry_run: the run itself up to its first step: the plan in figures, and every error that comes before."""
 
 import pytest
 
-import engine.plan
 from main_task_retrieval import main
 
 TRAIN = ["--do_train", "--epochs", "3", "--batch_size", "20", "--dry_run"]
 
 
-def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys, monkeypatch):
+def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys):
     """48 clips in batches of 20: 2 whole steps an epoch."""
-    monkeypatch.setattr("main_task_retrieval.build_model", None)  # would fail if called
     assert main([*TRAIN, "--gradient_accumulation_steps", "2", "--save_similarity", *msrvtt_flags]) == 0
     out = capsys.readouterr().out
     for text in (
@@ -43,6 +41,8 @@ def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys, monkeypatch)
             ["--do_eval", "--dry_run", "--pretrained_clip_name", "ViT-B/32", "--max_words", "78"],
             "--max_words must be at most 77 for this CLIP, got 78",
         ),
+        (["--do_eval", "--dry_run", "--max_words", "78"], "--max_words must be at most 77 for this CLIP, got 78"),
+        ([*TRAIN, "--freeze_layer_num", "3"], "--freeze_layer_num must be in -1..2 for this CLIP, got 3"),
     ],
 )
 def test_what_would_fail_later_fails_now(flags, message, msrvtt_flags, capsys):
@@ -50,31 +50,20 @@ def test_what_would_fail_later_fails_now(flags, message, msrvtt_flags, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_clip_to_download_is_only_named(msrvtt_flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine.plan, "weights_path", None)
+@pytest.mark.parametrize("content", [b"<html>", b"PK\x03\x04 cut off"])
+def test_a_weight_file_that_cannot_be_read(content, msrvtt_flags, tmp_path, capsys):
+    (tmp_path / "bad.pt").write_bytes(content)
+    assert main([*msrvtt_flags, *TRAIN, "--pretrained_clip_name", str(tmp_path / "bad.pt")]) == 1
+    assert "bad.pt cannot be read as weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_clip_to_download_is_only_named(merged, msrvtt_flags, tmp_path, capsys):
+    """Also the one that --mergeclip averages with a file that is there."""
     flags = ["--pretrained_clip_name", "ViT-B/16", "--cache_dir", str(tmp_path / "cache")]
+    if merged:
+        own = msrvtt_flags[msrvtt_flags.index("--pretrained_clip_name") + 1]
+        flags += ["--clip_evl", "--mergeclip", "--pretrained_path", own]
     assert main(["--do_eval", "--dry_run", *msrvtt_flags, *flags]) == 0
     assert f"weights: {tmp_path}/cache/ViT-B-16.pt (will be downloaded)\n" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "fixed", "activations"),
-    [
-        # 151.3 M parameters x 16 bytes; 20 clips x 3 frames x 50 tokens x 768 channels x 12 layers x 17 x 4 bytes
-        ([], "2.3 for weights and optimiser", "1.8 for 20 clips at a time of 3 frames"),
-        (
-            ["--gradient_accumulation_steps", "4"],
-            "2.3 for weights and optimiser",
-            "0.4 for 5 clips at a time of 3 frames",
-        ),
-    ],
-)
-def test_memory_of_a_known_clip(more, fixed, activations, msrvtt_flags, capsys):
-    assert main([*msrvtt_flags, *TRAIN, "--pretrained_clip_name", "ViT-B/32", *more]) == 0
-    assert f"GiB a process: {fixed}, {activations}\n" in capsys.readouterr().out
-
-
-def test_memory_of_a_file_is_not_guessed(msrvtt_flags, capsys):
-    assert main([*msrvtt_flags, *TRAIN]) == 0
-    assert "memory: no estimate, the sizes of the model are in its file\n" in capsys.readouterr().out

@@ -8,24 +8,41 @@ import torch.nn.functional as F
 from golden_vectors import fixtures, inputs, load, recipe, weights
 from torch import nn
 
-from checkpoints.merge import MISSED_BY_MERGECLIP, merge_clip, plain_clip_to_video, with_initial_parts
-from checkpoints.names import NamedTensors, canonical_names, unwrap
-from checkpoints.read import CheckpointError, clip_sizes, load_strict
-from modules.encoders.clip import CLIP
+from checkpoints.names import NamedTensors, canonical_names, merge, parameter_name, split_towers, unwrap
+from checkpoints.read import CheckpointError, load_strict
+from engine.build import missing_own_parts
+from modules.conventions import Conventions
+from modules.encoders import ENCODERS
+from modules.encoders.clip import CLIP, clip_sizes
 from modules.encoders.internvideo import VideoCLIP, VideoClipSizes, video_clip_sizes
 from modules.losses.contrastive import contrastive_loss
 from modules.optim import freeze, parameter_groups
 
 WHOLE = fixtures("B1_*")
 UNUSED = "text_mask_embedding"
+ENCODERS_KNOWN = list(ENCODERS.values())
 
 
 def build(tensors: dict[str, torch.Tensor]) -> VideoCLIP:
     """Tensors under InternVideo's names -> the tower in evaluation mode; heads are left out."""
-    tensors = {k: v for k, v in tensors.items() if k.startswith("clip.")}
-    clip = VideoCLIP(video_clip_sizes(tensors), "quick_gelu").eval()
-    load_strict(clip, {k.removeprefix("clip."): v for k, v in tensors.items()}, "golden vector")
+    towers = split_towers(tensors)[0]
+    clip = VideoCLIP(video_clip_sizes(towers), "quick_gelu").eval()
+    load_strict(clip, towers, "golden vector")
     return clip
+
+
+def encode_video(
+    clip: VideoCLIP, frames: torch.Tensor, mask: torch.Tensor, source_padding: bool = False, source_frames: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Videos and frames; with `source_padding` as InternVideo does with padding."""
+    clip.conventions = Conventions(read_padding=source_padding, source_frames=source_frames)
+    return clip.encode_frames(frames, mask)[::-1]
+
+
+def encode_image(clip: CLIP, images: torch.Tensor) -> torch.Tensor:
+    """Each image as a clip of one frame."""
+    frames, whole = clip.encode_frames(images[:, None], torch.ones(len(images), 1, dtype=torch.bool))
+    return frames[:, 0] if whole is None else whole
 
 
 def video_inputs(vector) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,7 +69,7 @@ def test_features_logits_loss_and_gradients(stem):
     ids, frames, mask = video_inputs(vector)
     last = []
     hook = clip.visual.transformer.resblocks[-1].register_forward_hook(lambda *call: last.append(call[2].detach()))
-    text, (video, features) = clip.encode_text(ids), clip.encode_video(frames, mask, source_padding=True)
+    text, (video, features) = clip.encode_text(ids)[0], encode_video(clip, frames, mask, source_padding=True)
     hook.remove()
     tokens = last[0].unflatten(0, mask.shape)
     logits = clip.logit_scale.exp() * cosines(text, video)
@@ -60,7 +77,7 @@ def test_features_logits_loss_and_gradients(stem):
     loss.backward()
     gradients = {f"clip.{n}": p.grad for n, p in clip.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        first = clip.encode_image(frames[:, 0])
+        first = encode_image(clip, frames[:, 0])
         got = {
             "evl_output": video,
             "frame_cls": tokens[:, :, 0],
@@ -68,7 +85,7 @@ def test_features_logits_loss_and_gradients(stem):
             "frame_features": features,
             "evl_output_image_mode": first,
             "text_features": text,
-            "text_all": clip.text_tokens_unprojected(ids),
+            "text_all": clip.text_tokens(ids),
             "logits": logits,
             "train_loss": loss[None],
             "grad_norms": torch.stack([gradients[name].norm() for name in vector.data["grad_norm_params"]]),
@@ -88,7 +105,7 @@ def test_tokens_for_the_interactions(stem):
     clip = build(weights(vector))
     _, frames, mask = video_inputs(vector)
     with torch.no_grad():
-        video, features = clip.encode_video(frames, mask, source_padding=True)
+        video, features = encode_video(clip, frames, mask, source_padding=True)
     whole = vector.config["interaction"] == "ti"
     vector.check({"visual_output": video[:, None] if whole else features})
 
@@ -101,7 +118,7 @@ def test_real_sizes(stem):
     assert clip.sizes.vision_heads == vector.config["vision_width"] // 64
     ids, frames, mask = video_inputs(vector)
     with torch.no_grad():
-        text, (video, features) = clip.encode_text(ids), clip.encode_video(frames, mask, source_padding=True)
+        text, (video, features) = clip.encode_text(ids)[0], encode_video(clip, frames, mask, source_padding=True)
         logits = clip.logit_scale.exp() * cosines(text, video)
     vector.check(
         {"evl_output": video, "frame_features": features, "text_features": text, "logits": logits}, require_all=True
@@ -113,17 +130,17 @@ def test_padding_cannot_matter(stem):
     clip = build(weights(load(stem)))
     frames, mask = some_clips(clip)
     with torch.no_grad():
-        video, features = clip.encode_video(frames, mask)
+        video, features = encode_video(clip, frames, mask)
         spoiled = frames.masked_fill(~mask[..., None, None, None], torch.nan)
-        assert all(map(torch.equal, clip.encode_video(spoiled, mask), (video, features)))
+        assert all(map(torch.equal, encode_video(clip, spoiled, mask), (video, features)))
         longer = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, 3)), F.pad(mask, (0, 3))
-        torch.testing.assert_close(clip.encode_video(*longer)[0], video, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encode_video(clip, *longer)[0], video, rtol=1e-5, atol=1e-5)
         for i, row in enumerate(mask):
-            alone, alone_features = clip.encode_video(frames[i : i + 1, row], mask[i : i + 1, row])
+            alone, alone_features = encode_video(clip, frames[i : i + 1, row], mask[i : i + 1, row])
             torch.testing.assert_close(alone[0], video[i], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(alone_features[0], features[i, row], rtol=1e-5, atol=1e-5)
             assert not features[i, ~row].any()
-        source = clip.encode_video(frames, mask, source_padding=True)[0]
+        source = encode_video(clip, frames, mask, source_padding=True)[0]
     assert ((source - video)[1:].abs().amax(dim=1) > 0.01).all(), "the source's padding must matter"
     torch.testing.assert_close(source[0], video[0], rtol=1e-5, atol=1e-5)
 
@@ -134,8 +151,8 @@ def test_a_gap_among_the_frames_is_closed(stem):
     frames, _ = some_clips(clip)
     gap = torch.tensor([True, False, True, True])
     with torch.no_grad():
-        video, features = clip.encode_video(frames, gap.expand(3, 4))
-        want, want_features = clip.encode_video(frames[:, gap], torch.ones(3, 3, dtype=torch.bool))
+        video, features = encode_video(clip, frames, gap.expand(3, 4))
+        want, want_features = encode_video(clip, frames[:, gap], torch.ones(3, 3, dtype=torch.bool))
     torch.testing.assert_close(video, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features[:, gap], want_features, rtol=1e-5, atol=1e-5)
     assert not features[:, 1].any()
@@ -149,10 +166,10 @@ def test_source_padding_is_normalised_zeros_up_to_a_fixed_length(stem):
     frames = torch.randint(0, 256, (2, 2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, True], [True, False]])
     with torch.no_grad():
-        got, features = clip.encode_video(frames, mask, source_padding=True, source_frames=4)
+        got, features = encode_video(clip, frames, mask, source_padding=True, source_frames=4)
         as_loaded = torch.zeros(2, 4, 3, side, side)
         as_loaded[:, :2][mask] = clip.normalize(frames)[mask]
-        want = clip.encode_video(as_loaded, torch.ones(2, 4, dtype=torch.bool))[0]
+        want = encode_video(clip, as_loaded, torch.ones(2, 4, dtype=torch.bool))[0]
     assert features.shape[:2] == (2, 4)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -162,7 +179,7 @@ def test_the_order_of_frames_matters(stem):
     clip = build(weights(load(stem)))
     frames, mask = some_clips(clip)
     with torch.no_grad():
-        forth, back = (clip.encode_video(x, mask[:1])[0] for x in (frames[:1], frames[:1].flip(1)))
+        forth, back = (encode_video(clip, x, mask[:1])[0] for x in (frames[:1], frames[:1].flip(1)))
     assert (forth - back).abs().max() > 1e-3
 
 
@@ -172,9 +189,9 @@ def test_bf16_autocast_is_close(stem):
     clip = build(weights(vector))
     ids, frames, mask = video_inputs(vector)
     with torch.no_grad():
-        want = cosines(clip.encode_text(ids), clip.encode_video(frames, mask)[0])
+        want = cosines(clip.encode_text(ids)[0], encode_video(clip, frames, mask)[0])
         with torch.autocast("cpu", torch.bfloat16):
-            text, (video, _) = clip.encode_text(ids), clip.encode_video(frames, mask)
+            text, (video, _) = clip.encode_text(ids)[0], encode_video(clip, frames, mask)
     torch.testing.assert_close(cosines(text.float(), video.float()), want, rtol=0, atol=0.01)
 
 
@@ -184,9 +201,9 @@ def test_the_tower_compiles_without_a_break(stem):
     clip = build(weights(load(stem)))
     frames, mask = some_clips(clip)
     with torch.no_grad():
-        want = clip.encode_video(frames, mask)[0]
+        want = encode_video(clip, frames, mask)[0]
         clip.visual = torch.compile(clip.visual, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(clip.encode_video(frames, mask)[0], want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encode_video(clip, frames, mask)[0], want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stem", WHOLE)
@@ -194,9 +211,9 @@ def test_wrong_input_is_refused(stem):
     clip = build(weights(load(stem)))
     side, length = clip.sizes.image_resolution, clip.sizes.context_length + 1
     with pytest.raises(ValueError, match=r"without a single frame in the batch, at \[1\]"):
-        clip.encode_video(torch.zeros(2, 1, 3, side, side), torch.tensor([[True], [False]]))
+        encode_video(clip, torch.zeros(2, 1, 3, side, side), torch.tensor([[True], [False]]))
     with pytest.raises(ValueError, match=f"{side}x{side} pixels"):
-        clip.encode_video(torch.zeros(1, 1, 3, 16, 16), torch.tensor([[True]]))
+        encode_video(clip, torch.zeros(1, 1, 3, 16, 16), torch.tensor([[True]]))
     with pytest.raises(ValueError, match=f"--max_words {length}"):
         clip.text_tokens(torch.zeros(1, length, dtype=torch.long))
 
@@ -209,15 +226,17 @@ def test_wrong_input_is_refused(stem):
 def test_names_and_shapes_of_the_real_sizes(stem, size):
     table = load(stem).data[size]
     with torch.device("meta"):
-        shapes = {f"clip.{k}": torch.empty(v) for k, v in table["clip_evl_model"].items()}
+        shapes = {k: torch.empty(v) for k, v in table["clip_evl_model"].items()}
         clip = VideoCLIP(video_clip_sizes(shapes), "quick_gelu")
-        plain = plain_clip_to_video({f"clip.{k}": torch.empty(v) for k, v in table["openai_clip"].items()})
+        released = {k: torch.empty(v) for k, v in table["openai_clip"].items()}
+        plain = VideoCLIP.adapted(released)
         assert video_clip_sizes(plain) == clip.sizes
     own = {k: list(v.shape) for k, v in clip.state_dict().items()}
     assert own == table["clip_evl_model"]
     assert sum(p.numel() for p in clip.parameters()) == table["n_parameters"]
-    missing = {k for k in own if f"clip.{k}" not in plain}
-    assert missing == set(table["only_in_evl"]) - {k.removeprefix("clip.") for k in MISSED_BY_MERGECLIP}
+    missing = {k for k in own if k not in plain}
+    assert missing == missing_own_parts(clip, released).keys()
+    assert missing | {UNUSED} == set(table["only_in_evl"]) - OTHER_NAMES
 
 
 def spelled(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
@@ -242,9 +261,15 @@ def spelled(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tens
 
 def read(tensors: dict[str, torch.Tensor]) -> NamedTensors:
     """As a Lightning checkpoint holds them."""
-    named = canonical_names(unwrap({"state_dict": tensors, "epoch": 3}))
-    assert named.video_tower
+    named = canonical_names(unwrap({"state_dict": tensors, "epoch": 3}), ENCODERS_KNOWN)
+    assert named.encoder == "internvideo"
     return named
+
+
+def as_loaded(named: NamedTensors) -> dict[str, torch.Tensor]:
+    """All tensors, those of the tower as the encoder takes them."""
+    towers, rest = split_towers(named.tensors)
+    return {f"clip.{k}": v for k, v in VideoCLIP.adapted(towers).items()} | rest
 
 
 @pytest.mark.parametrize("stem", fixtures("B6*"))
@@ -254,12 +279,13 @@ def test_spellings(stem):
     standard = weights(vector)
     for case, found in vector.data.items():
         if case == "visual.proj missing and visual_proj missing":
-            with pytest.raises(CheckpointError, match="without visual_proj"):
+            with pytest.raises(CheckpointError, match="without visual.proj"):
                 read(spelled(standard, case))
             continue
         named = read(spelled(standard, case))
-        got = {k: v for k, v in named.tensors.items() if k.startswith("clip.")}
-        heads = {k for k in named.tensors if not k.startswith("clip.")}
+        loaded = as_loaded(named)
+        got = {k: v for k, v in loaded.items() if k.startswith("clip.")}
+        heads = loaded.keys() - got.keys()
         assert heads == ({"caption_decoder.x", "queue_text"} if "extra keys" in case else set())
         different = {k for k, v in standard.items() if k not in got or not torch.equal(got[k], v)}
         if "balance missing" in case:
@@ -289,20 +315,31 @@ def test_what_we_save_loads_back(stem):
 @pytest.mark.parametrize("stem", fixtures("B4*"))
 def test_mergeclip(stem):
     vector = load(stem)
-    upstream = read(weights_of(vector, "weights_upstream")).tensors
-    clip = canonical_names(weights_of(vector, "weights_clip")).tensors
+    upstream, clip = towers_to_merge(vector)
     for case, want in vector.data["cases"].items():
-        got = upstream if case == "None" else merge_clip(upstream, clip, float(case))
-        assert set(got) == set(upstream)
+        got = upstream if case == "None" else merge(upstream, clip, float(case), VIDEO_PARTS)
+        got = {f"clip.{k}": v for k, v in got.items()}
+        before = {f"clip.{k}": v for k, v in upstream.items()}
+        assert set(got) == set(before)
         for key, numbers in want["checksums"].items():
             scale = max(1.0, numbers[1])
             assert recipe.checksum(got[key]) == pytest.approx(numbers, rel=1e-5, abs=1e-6 * scale), (case, key)
-        changed = {k for k in got if got[k] is not upstream[k]}
+        changed = {k for k in got if got[k] is not before[k]}
         merged = want["merged"]
         assert changed == set(merged) if isinstance(merged, list) else len(changed) == merged
         if want["not_merged"] is not None:
-            assert set(upstream) - changed == set(want["not_merged"])
-            assert set(MISSED_BY_MERGECLIP) <= set(want["not_merged"])
+            assert set(before) - changed == set(want["not_merged"])
+            assert {f"clip.{k}" for k in OTHER_NAMES} <= set(want["not_merged"])
+
+
+OTHER_NAMES = set(VideoCLIP.renamed.values())
+VIDEO_PARTS = (*OTHER_NAMES, *VideoCLIP.own_parts)
+
+
+def towers_to_merge(vector) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """InternVideo's tower and the CLIP, both under the names of the video tower."""
+    both = (canonical_names(weights_of(vector, f"weights_{n}"), ENCODERS_KNOWN) for n in ("upstream", "clip"))
+    return tuple(VideoCLIP.adapted(split_towers(named.tensors)[0]) for named in both)
 
 
 def weights_of(vector, name: str) -> dict[str, torch.Tensor]:
@@ -312,42 +349,39 @@ def weights_of(vector, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stem", fixtures("B4*"))
 def test_mergeclip_refuses_another_size(stem):
     vector = load(stem)
-    upstream, clip = (canonical_names(weights_of(vector, f"weights_{n}")).tensors for n in ("upstream", "clip"))
+    upstream, clip = towers_to_merge(vector)
     with pytest.raises(CheckpointError, match=r"same size.*clip\.ln_final\.bias \[\d+\] and \[3\]"):
-        merge_clip(upstream, clip | {"clip.ln_final.bias": torch.zeros(3)}, 0.5)
+        merge(upstream, clip | {"ln_final.bias": torch.zeros(3)}, 0.5, VIDEO_PARTS)
     shallow = {k: v for k, v in clip.items() if "resblocks.2." not in k}
     with pytest.raises(CheckpointError, match=r"clip\.visual\.transformer\.resblocks\.2\..* only in the file"):
-        merge_clip(upstream, shallow, 0.5)
-    with pytest.raises(ValueError, match="--mergeweight"):
-        merge_clip(upstream, clip, 1.5)
+        merge(upstream, shallow, 0.5, VIDEO_PARTS)
 
 
 @pytest.mark.parametrize("stem", fixtures("B4*"))
-def test_a_plain_clip_starts_the_tower_as_the_mean_of_frames(stem, caplog):
+def test_a_plain_clip_starts_the_tower_as_the_mean_of_frames(stem):
     """With its temporal parts at initial values a clip of one frame gives what CLIP's image tower gives."""
-    tensors = canonical_names(weights_of(load(stem), "weights_clip")).tensors
-    plain = CLIP(clip_sizes(tensors), "quick_gelu").eval()
-    load_strict(plain, {k.removeprefix("clip."): v for k, v in tensors.items()}, "golden vector")
-    start = plain_clip_to_video(tensors)
+    towers = split_towers(canonical_names(weights_of(load(stem), "weights_clip")).tensors)[0]
+    plain = CLIP(clip_sizes(towers), "quick_gelu").eval()
+    load_strict(plain, towers, "golden vector")
+    start = VideoCLIP.adapted(towers)
     model = VideoCLIP(video_clip_sizes(start), "quick_gelu").eval()
-    initial = {f"clip.{k}": v for k, v in model.state_dict().items()}
-    whole = with_initial_parts(start, initial, "tiny.pt")
-    assert "tiny.pt is not trained with the video tower: its 66 temporal tensors" in caplog.text
-    load_strict(model, {k.removeprefix("clip."): v for k, v in whole.items()}, "tiny.pt")
+    new = missing_own_parts(model, towers)
+    assert len(new.keys() - {UNUSED}) == 66
+    load_strict(model, start | new, "tiny.pt")
     images = some_clips(model)[0][:, 0]
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(images), plain.encode_image(images), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(encode_image(model, images), encode_image(plain, images), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("stem", fixtures("B4*"))
 def test_half_a_temporal_decoder_is_not_filled_up(stem):
     tensors = weights_of(load(stem), "weights_upstream")
-    initial = {f"clip.{k}": v for k, v in build(tensors).state_dict().items()}
+    model = build(tensors)
     del tensors[f"clip.{UNUSED}"], tensors["clip.visual.transformer.balance"]
-    whole = with_initial_parts(tensors, initial, "cut.bin")
-    assert f"clip.{UNUSED}" in whole
-    with pytest.raises(CheckpointError, match=r"1 missing in the file: clip\.visual\.transformer\.balance"):
-        load_strict(nn.ModuleDict({"clip": build(initial)}), whole, "cut.bin")
+    towers = split_towers(tensors)[0]
+    assert not missing_own_parts(model, towers)
+    with pytest.raises(CheckpointError, match=r"1 missing in the file: visual\.transformer\.balance"):
+        load_strict(model, VideoCLIP.adapted(towers), "cut.bin")
 
 
 # Optimizer groups and freezing.
@@ -401,7 +435,13 @@ def test_freezing_by_meaning(stem):
 def test_groups_as_in_the_source(stem):
     vector = load(stem)
     config = vector.config
-    groups = parameter_groups(empty_model(config), config["lr"], config["coef_lr"], 0.2, compat="internvideo")
+    groups = parameter_groups(
+        [(parameter_name(n), p) for n, p in empty_model(config).named_parameters()],
+        config["lr"],
+        config["coef_lr"],
+        0.2,
+        decays_all=True,
+    )
     for group, want in zip(groups, vector.data["groups"]):
         names = {n for n in want["names_block0_only"] if n.startswith("clip.")} - {f"clip.{UNUSED}"}
         first = {n for n in group["names"] if not re.search(r"\.(resblocks|dpe|dec)\.(?!0\.)", n)}

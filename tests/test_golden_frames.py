@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloaders.video.frames import FrameSampling, choose_frames, order_frames
+from dataloaders.video import FrameSampling
+from dataloaders.video.frames import order_frames
+from dataloaders.video.rules import RULES
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
@@ -21,16 +23,8 @@ def rows_of(prefix):
 
 
 def choose(rule, row):
-    return choose_frames(
-        rule,
-        row["fps"],
-        row["frame_count"],
-        row["start"],
-        row["end"],
-        framerate=row["framerate"],
-        max_frames=row["max_frames"],
-        slice_framepos=row["slice_framepos"],
-    )
+    sampling = FrameSampling(rule, row["framerate"], row["max_frames"], row["slice_framepos"])
+    return sampling.choose(row["fps"], row["frame_count"], row["start"], row["end"])
 
 
 @pytest.mark.parametrize(("rule", "prefix", "at_least"), [("second", "F1", 50), ("stride", "F2", 50)])
@@ -64,26 +58,28 @@ def test_unreadable_frames_are_not_a_matter_of_choice():
 
 @pytest.mark.parametrize("rule", ["stride", "second"])
 def test_negative_times_count_as_zero(rule):
-    assert choose_frames(rule, 30.0, 90, -5, 2) == [0, 30, 60]
-    assert choose_frames(rule, 15.0, 438, 2, -1) == [0, 15, 30]
+    assert FrameSampling(rule).choose(30.0, 90, -5, 2) == [0, 30, 60]
+    assert FrameSampling(rule).choose(15.0, 438, 2, -1) == [0, 15, 30]
 
 
 def test_the_rules_differ_in_rounding_the_frame_rate():
-    assert choose_frames("second", 29.97, 120) == [0, 29, 58, 87, 116]
-    assert choose_frames("stride", 29.97, 120) == [0, 30, 60, 90]
-    assert choose_frames("stride", 2.5, 8) == [0, 2, 4, 6]  # 2.5 rounds to the even 2
+    assert FrameSampling("second").choose(29.97, 120) == [0, 29, 58, 87, 116]
+    assert FrameSampling("stride").choose(29.97, 120) == [0, 30, 60, 90]
+    assert FrameSampling("stride").choose(2.5, 8) == [0, 2, 4, 6]  # 2.5 rounds to the even 2
 
 
 def test_only_one_end_of_the_span():
-    assert choose_frames("stride", 10.0, 50, start=3) == [30, 40]
-    assert choose_frames("second", 10.0, 50, start=3) == [30, 40]
-    assert choose_frames("stride", 10.0, 50, end=2) == [0, 10, 20]
-    assert choose_frames("second", 10.0, 50, end=2) == [0, 10, 20]
+    assert FrameSampling("stride").choose(10.0, 50, start=3) == [30, 40]
+    assert FrameSampling("second").choose(10.0, 50, start=3) == [30, 40]
+    assert FrameSampling("stride").choose(10.0, 50, end=2) == [0, 10, 20]
+    assert FrameSampling("second").choose(10.0, 50, end=2) == [0, 10, 20]
 
 
 def test_which_frames_stay():
-    kept = [choose_frames("second", 10.0, 100, max_frames=3, slice_framepos=position) for position in (0, 1, 2)]
+    kept = [FrameSampling("second", 1, 3, position).choose(10.0, 100) for position in (0, 1, 2)]
     assert kept == [[0, 10, 20], [70, 80, 90], [0, 40, 90]]
+    last = RULES["second"].Options(slice_framepos=1)
+    assert FrameSampling("second", 1, 3, options=last).choose(10.0, 100) == [70, 80, 90]
 
 
 @pytest.mark.parametrize(
@@ -98,15 +94,16 @@ def test_which_frames_stay():
         ("stride", 10.0, 60, {"start": 6}, "start 6 s is past the end"),
         ("second", 10.0, 60, {"start": 6}, "start 6 s is past the end"),
         ("stride", 10.0, 60, {"start": float("nan")}, "not a time span"),
-        ("nearest", 10.0, 60, {}, "frame rule must be one of stride, second, got 'nearest'"),
+        ("nearest", 10.0, 60, {}, "frame rule must be one of second, stride, got 'nearest'"),
         ("stride", 10.0, 60, {"framerate": 0}, "framerate must be a whole number >= 1, got 0"),
         ("stride", 10.0, 60, {"max_frames": 0}, "max_frames must be >= 1, got 0"),
         ("stride", 10.0, 60, {"slice_framepos": 3}, "slice_framepos must be 0"),
     ],
 )
 def test_impossible_choices_name_the_cause(rule, fps, count, options, cause):
+    span = {"start": options.pop("start")} if "start" in options else {}
     with pytest.raises(ValueError, match=cause):
-        choose_frames(rule, fps, count, **options)
+        FrameSampling(rule, **options).choose(fps, count, **span)
 
 
 @settings(max_examples=300, deadline=None)

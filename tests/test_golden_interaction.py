@@ -1,7 +1,6 @@
 """Token-wise interaction, CDCR, DRL's and InternVideo's ways of scoring, and X-Pool against numbers of the sources."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,30 +8,35 @@ import torch
 import torch.nn.functional as F
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
+from tiny_models import make_head, make_model
 
-from checkpoints.read import clip_sizes, load_strict
+from checkpoints.names import parameter_name, split_towers
+from checkpoints.read import load_strict
+from modules.conventions import Conventions
+from modules.encoders.clip import CLIP, clip_sizes
 from modules.encoders.internvideo import VideoCLIP, video_clip_sizes
-from modules.heads import HEADS, build_head
-from modules.heads.base import HeadOptions
+from modules.losses import Pairs
+from modules.losses.cdcr import CDCR, chosen_token, cross_correlation, decorrelation
 from modules.losses.contrastive import contrastive_loss
 from modules.metrics import retrieval_ranks, summarize
 from modules.model import VideoTextModel
-from modules.optim import parameter_name
 
 AGGREGATION = {"None": "meanP", "seqLSTM": "seqLSTM", "seqTransf": "seqTransf"}
 
 
-def options_of(config: dict) -> HeadOptions:
-    """InternVideo's and DRL's way: padding scores 0. InternVideo's tower leaves text tokens unprojected."""
+def settings_of(config: dict) -> dict:
+    """InternVideo's and DRL's way: padding scores 0."""
+    return {
+        "cross_num_hidden_layers": config.get("cross_num_hidden_layers", 4),
+        "cross_heads": config.get("cross_heads"),
+        "wti_arch": config.get("wti_arch", 0) or 2,
+        "mask_padding": False,
+    }
+
+
+def interaction_of(config: dict) -> str:
     interaction = config.get("interaction", "no")
-    return HeadOptions(
-        num_layers=config.get("cross_num_hidden_layers", 4),
-        cross_heads=config.get("cross_heads"),
-        interaction=interaction if interaction in ("ti", "wti") else "no",
-        wti_arch=config.get("wti_arch", 0) or 2,
-        mask_padding=False,
-        projected_tokens=not config.get("clip_evl"),
-    )
+    return interaction if interaction in ("ti", "wti") else "no"
 
 
 def model_of(vector) -> VideoTextModel:
@@ -40,14 +44,14 @@ def model_of(vector) -> VideoTextModel:
     config, tensors = vector.config, weights(vector)
     sim_header = AGGREGATION[config.get("agg_module", "None")]
     if not config.get("clip_evl"):
-        return build(tensors, sim_header, compat="drl", head_options=options_of(config))
-    sizes = video_clip_sizes({k: v for k, v in tensors.items() if k.startswith("clip.")})
-    head = build_head(sim_header, sizes, options_of(config))
-    model = VideoTextModel(
-        VideoCLIP(sizes, "quick_gelu"), head, scale_evaluation=False, source_frames=config["max_frames"]
-    ).eval()
+        return build(tensors, sim_header, compat="drl", interaction=interaction_of(config), **settings_of(config))
+    sizes = video_clip_sizes(split_towers(tensors)[0])
+    conventions = Conventions(read_padding=True, source_frames=config["max_frames"])
+    encoder = VideoCLIP(sizes, "quick_gelu", conventions=conventions)
+    model = make_model(encoder, sim_header, interaction_of(config), scaled=False, **settings_of(config)).eval()
     names = {parameter_name(name): name for name in model.state_dict()}
-    kept = {k: v for k, v in tensors.items() if not k.startswith(head.ignored_prefixes or ("\0",))}
+    ignored = model.head.ignored_prefixes
+    kept = {k: v for k, v in tensors.items() if not (ignored and k.startswith(ignored))}
     load_strict(model, {names.get(k, k): v for k, v in kept.items()}, "golden vector")
     return model
 
@@ -68,14 +72,22 @@ def alphas(vector, name: str) -> tuple[float, float]:
 def regularizers(vector, model: VideoTextModel, text, video) -> dict[str, torch.Tensor]:
     x = inputs(vector)
     draws = torch.stack([x["cdcr1_text_rand"], x["cdcr1_video_rand"]])
-    found, given = {}, model.head.options
+    found = {}
     for name in vector.expected():
         if name.startswith("cdcr"):
             alpha1, alpha2 = alphas(vector, name)
-            model.head.options = replace(given, cdcr=int(name[4]), cdcr_alpha1=alpha1, cdcr_alpha2=alpha2)
-            found[name] = model.head.regularizer(text, video, draws)[None]
-    model.head.options = given
+            found[name] = regularizer(model.head, text, video, draws, int(name[4]), alpha1, alpha2)[None]
     return found
+
+
+def regularizer(head, text, video, draws, kind: int, alpha1: float, alpha2: float) -> torch.Tensor:
+    """What --cdcr adds to the contrastive loss; of kind 1 with the tokens that the source drew."""
+    if kind == 1 and head.takes_tokens:
+        c = cross_correlation(chosen_token(text, draws[0]), chosen_token(video, draws[1]))
+        return decorrelation(c, alpha1, alpha2)
+    loss = CDCR(CDCR.Options(cdcr=kind, cdcr_alpha1=alpha1, cdcr_alpha2=alpha2, cdcr_lambda=1.0))
+    logits = head.similarity(text, video)
+    return loss(Pairs(logits, text, video, head)) - contrastive_loss(logits)
 
 
 @pytest.mark.parametrize("stem", fixtures("B2_*") + fixtures("C[12]_*"))
@@ -91,7 +103,7 @@ def test_interaction_scores_losses_and_cdcr(stem):
             "visual_output": features
             if features.shape[1] == vector.expected().get("visual_output", features).shape[1]
             else features[:, :1],
-            "text_feat": model.clip.text_tokens(ids),
+            "text_feat": model.clip.encode_text(ids)[1],
             "video_feat": temporal.frames(features, frame_mask),
             "logits_eval": model.similarity(text, video),
             "logits_train": model.scale() * model.head.similarity(text, video),
@@ -132,8 +144,8 @@ def test_cross_encoder_after_an_aggregation(stem):
     vector = load(stem)
     tensors, config = weights(vector), vector.config
     cross = {k: v for k, v in tensors.items() if k.startswith(("clip.", "cross.", "similarity_dense."))}
-    model = build(cross, "tightTransf", compat="drl", head_options=options_of(config))
-    temporal = HEADS[AGGREGATION[config["agg_module"]]](model.clip.sizes, options_of(config)).eval()
+    model = build(cross, "tightTransf", compat="drl", **settings_of(config))
+    temporal = make_head(AGGREGATION[config["agg_module"]], model.clip.head_sizes, **settings_of(config)).eval()
     temporal.load_state_dict({k: v for k, v in tensors.items() if k not in cross})
     ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
     with torch.no_grad():
@@ -175,8 +187,8 @@ def test_xpool(stem):
     owner = x["owner"].numpy()
     _, first, counts = np.unique(owner, return_index=True, return_counts=True)
     with torch.no_grad():
-        embeds = model.clip.encode_text(ids)
-        features = model.clip.encode_frames(frames, frame_mask)
+        embeds = model.clip.encode_text(ids)[0]
+        features = model.clip.encode_frames(frames, frame_mask)[0]
         text, video = model.head.text(embeds), model.head.video(features, frame_mask)
         chosen = model.head.text(embeds[first])
         sims = model.head.similarity(chosen, video)
@@ -205,7 +217,7 @@ def parameter_free(text: torch.Tensor, frames: torch.Tensor, data: dict) -> dict
     """The poolings that X-Pool compares itself with, on unit vectors; its mean is our meanP."""
     unit = F.normalize(text, dim=-1)
     frames = F.normalize(frames, dim=-1)
-    mean = HEADS["meanP"](None, HeadOptions(normalize_frames=False))
+    mean = make_head("meanP", None, normalize_frames=False)
     whole = mean.video(frames, torch.ones(frames.shape[:2], dtype=torch.bool))
     scores = torch.einsum("nd,vtd->nvt", unit, frames)
     best = scores.topk(data["topk_k"], dim=-1).indices
@@ -220,8 +232,7 @@ def parameter_free(text: torch.Tensor, frames: torch.Tensor, data: dict) -> dict
 @pytest.mark.parametrize("stem", fixtures("C5*"))
 def test_xpool_starts_as_the_identity(stem):
     vector = load(stem)
-    sizes = clip_sizes({k: v for k, v in weights(vector).items() if k.startswith("clip.")})
-    start = HEADS["xpool"](sizes, HeadOptions()).state_dict()
+    start = make_head("xpool", CLIP(clip_sizes(split_towers(weights(vector))[0]), "gelu").head_sizes).state_dict()
     wanted = vector.data["pooling_initial_values"]
     assert set(start) == {f"pool_frames.{name}" for name in wanted}
     make = {"eye": lambda t: torch.eye(len(t)), "zeros": torch.zeros_like, "ones": torch.ones_like}

@@ -4,14 +4,13 @@ import pytest
 import torch
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
+from tiny_models import make_encoder, make_head
 
-from checkpoints.read import clip_sizes
-from engine.build import starting_tensors
-from modules.heads import HEADS
-from modules.heads.base import HeadOptions
+from checkpoints.names import parameter_name
+from modules.encoders import Sizes
+from modules.encoders.clip import ClipSizes, clip_sizes
 from modules.losses.contrastive import contrastive_loss
 from modules.model import VideoTextModel
-from modules.optim import parameter_name
 
 WHOLE_MODELS = fixtures("A[1-6]_*")
 
@@ -28,15 +27,15 @@ def test_features_logits_loss_and_gradients(stem):
     model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
     ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
     with torch.no_grad():
-        features = model.clip.encode_frames(frames, torch.ones_like(frame_mask))
+        features = model.clip.encode_frames(frames, torch.ones_like(frame_mask))[0]
         tower = model.clip.visual
         patches = tower.clip_patches(frames[:1])[0] if tower.temporal_patch else tower.patches(frames[0])
         got = {
             "frame_features": features,
             "image_hidden_first2": tower.ln_post(tower.attend(patches[:2])) @ tower.proj,
-            "text_features": model.clip.encode_text(ids),
-            "text_hidden": model.clip.text_tokens(ids),
-            "sequence_output": model.clip.encode_text(ids)[:, None],
+            "text_features": model.clip.encode_text(ids)[0],
+            "text_hidden": model.clip.encode_text(ids)[1],
+            "sequence_output": model.clip.encode_text(ids)[0][:, None],
             "visual_output": features,
             "logits": model.similarity(model.encode_text(ids, token_mask), model.encode_video(frames, frame_mask)),
         }
@@ -58,8 +57,8 @@ def test_text_cut_to_its_length_changes_nothing(stem):
     lengths = token_mask.sum(1).tolist()
     assert min(lengths) < ids.shape[1]
     with torch.no_grad():
-        whole = model.clip.encode_text(ids)
-        cut = torch.cat([model.clip.encode_text(ids[i : i + 1, :n]) for i, n in enumerate(lengths)])
+        whole = model.clip.encode_text(ids)[0]
+        cut = torch.cat([model.clip.encode_text(ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)])
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=2e-5)
 
 
@@ -85,10 +84,10 @@ def test_real_sizes(stem):
     tensors = weights(vector)
     ids, token_mask, frames, frame_mask = video_inputs(inputs(vector))
     model = build(tensors, vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
-    mean = HEADS["meanP"](model.clip.sizes, HeadOptions())
+    mean = make_head("meanP", model.clip.head_sizes)
     with torch.no_grad():
-        text = model.clip.encode_text(ids)
-        features = model.clip.encode_image(frames.flatten(0, 1)).view(*frame_mask.shape, -1)
+        text = model.clip.encode_text(ids)[0]
+        features = model.clip.encode_frames(frames, torch.ones_like(frame_mask))[0]
         scale = model.clip.logit_scale.exp()
         vector.check(
             {
@@ -109,7 +108,7 @@ def test_head_on_small_features(stem):
     vector = load(stem)
     x, config = inputs(vector), vector.config
     sizes = build_sizes(config)
-    head = HEADS[config["sim_header"]](sizes, HeadOptions(config["cross_num_hidden_layers"])).eval()
+    head = make_head(config["sim_header"], head_sizes(sizes), **layers(config)).eval()
     tensors = weights(vector)
     scale = tensors.pop("clip.logit_scale").exp() if head.scaled else 1.0
     tensors.pop("clip.logit_scale", None)
@@ -120,9 +119,15 @@ def test_head_on_small_features(stem):
     vector.check({"logits": logits}, require_all=True)
 
 
-def build_sizes(config: dict):
-    from checkpoints.read import ClipSizes
+def layers(config: dict) -> dict[str, int]:
+    return {"cross_num_hidden_layers": config["cross_num_hidden_layers"]}
 
+
+def head_sizes(sizes: ClipSizes) -> Sizes:
+    return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, sizes.embed_dim)
+
+
+def build_sizes(config: dict) -> ClipSizes:
     return ClipSizes(
         embed_dim=config["embed_dim"],
         image_resolution=config["image_resolution"],
@@ -147,10 +152,11 @@ def test_heads_start_from_clip(stem, case):
     clip = weights(vector)
     table = vector.data["cases"][case]
     sim_header, patch = case.split("/")
-    options = HeadOptions(vector.config["cross_num_hidden_layers"])
     tensors = {f"clip.{k}": v for k, v in clip.items()}
-    head = HEADS[sim_header](clip_sizes(tensors), options)
-    start = starting_tensors(head, tensors, patch == "3d")
+    encoder = make_encoder("clip", clip_sizes(clip), linear_patch=patch)
+    head = make_head(sim_header, encoder.head_sizes, **layers(vector.config))
+    start = tensors | {f"clip.{k}": v for k, v in encoder.start_values(clip).items()}
+    start |= head.state_dict() | head.init_from_clip(clip)
     assert set(start) - set(tensors) == set(table["targets"])
     for target, (how, *source) in table["targets"].items():
         check_start(start[target], how, source, clip)

@@ -8,15 +8,23 @@ import torch
 from golden_model import build, video_inputs
 from golden_vectors import fixtures, inputs, load, weights
 from test_golden_model import build_sizes
+from tiny_models import make_encoder, make_model
 
+from checkpoints.names import parameter_name
 from engine.distributed import World
 from engine.step import Trainer
 from modules import optim
-from modules.encoders.clip import CLIP
-from modules.heads import HEADS
-from modules.heads.base import HeadOptions
 from modules.model import VideoTextModel
-from modules.optim import BertAdam, freeze, parameter_groups, parameter_name
+from modules.optim import BertAdam, freeze, parameter_groups, warmup_cosine
+
+# Those of the reference's optimiser; its projects train with the first only.
+SCHEDULES = {
+    "warmup_cosine": warmup_cosine,
+    "warmup_constant": lambda progress, warmup: progress / warmup if progress < warmup else 1.0,
+    "warmup_linear": lambda progress, warmup: (
+        progress / warmup if progress < warmup else max((progress - 1.0) / (warmup - 1.0), 0.0)
+    ),
+}
 
 
 @pytest.mark.parametrize("stem", fixtures("E1*"))
@@ -39,7 +47,7 @@ def test_bertadam(stem):
             lr=config["base_lr"],
             warmup=settings["warmup"],
             t_total=settings["t_total"],
-            schedule=settings["schedule"],
+            schedule=SCHEDULES[settings["schedule"]],
             betas=(config["b1"], config["b2"]),
             eps=config["e"],
             max_grad_norm=settings["max_grad_norm"],
@@ -62,7 +70,7 @@ def test_all_tensors_at_once_are_one_by_one(monkeypatch):
     params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     want = [p.detach().clone() for p in params]
     state = [[torch.zeros(s), torch.zeros(s), 0] for s in shapes]
-    optimizer = BertAdam(params, lr=0.1, warmup=0.25, t_total=8, schedule="warmup_cosine", weight_decay=0.3)
+    optimizer = BertAdam(params, lr=0.1, warmup=0.25, t_total=8, weight_decay=0.3)
     for step in range(6):
         for i, p in enumerate(params):
             p.grad = 3 * torch.randn(shapes[i], generator=generator) if i != 2 or step > 1 else None
@@ -71,16 +79,19 @@ def test_all_tensors_at_once_are_one_by_one(monkeypatch):
                 grad = p.grad * (1 / (p.grad.norm() + 1e-6)).clamp(max=1)
                 state[i] = [0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2, done + 1]
                 update = state[i][0] / (state[i][1].sqrt() + 1e-6) + 0.3 * want[i]
-                want[i] -= BertAdam.scheduled_lr(optimizer.param_groups[0], done) * update
+                want[i] -= optimizer.scheduled_lr(optimizer.param_groups[0], done) * update
         optimizer.step()
     for p, w in zip(params, want):
         torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-7)
 
 
 def model_of(config: dict, sim_header: str, patch: str = "2d") -> VideoTextModel:
-    sizes = build_sizes(config)
-    head = HEADS[sim_header](sizes, HeadOptions(config["cross_num_hidden_layers"]))
-    return VideoTextModel(CLIP(sizes, "quick_gelu", temporal_patch=patch == "3d"), head)
+    encoder = make_encoder("clip", build_sizes(config), linear_patch=patch)
+    return make_model(encoder, sim_header, cross_num_hidden_layers=config["cross_num_hidden_layers"])
+
+
+def named(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(parameter_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 # In the source's groups but never with a gradient, so never updated there; here they are not trainable at all.
@@ -101,7 +112,7 @@ def test_parameter_groups_of_clip4clip(stem, case):
     vector = load(stem)
     config = vector.config
     model = model_of(config, *case.split("/"))
-    groups = parameter_groups(model, config["lr"], config["coef_lr"], config["weight_decay"], "clip4clip")
+    groups = parameter_groups(named(model), config["lr"], config["coef_lr"], config["weight_decay"], decays_all=True)
     wanted = vector.data["groups"][case]["groups"]
     assert len(groups) == len(wanted)
     for ours, theirs in zip(groups, wanted):
@@ -115,7 +126,7 @@ def test_parameter_groups_of_clip4clip(stem, case):
 def test_weight_decay_by_meaning():
     """Without --compat only weight matrices decay: no bias, LayerNorm, embedding, positional table or scale."""
     model = model_of(load(fixtures("E2*")[0]).config, "seqTransf")
-    groups = parameter_groups(model, 1e-4, 1e-3, 0.2, "none")
+    groups = parameter_groups(named(model), 1e-4, 1e-3, 0.2)
     decayed = {n for g in groups if g["weight_decay"] for n in g["names"]}
     kept = {n for g in groups if not g["weight_decay"] for n in g["names"]}
     assert "clip.visual.conv1.weight" in decayed
@@ -157,12 +168,11 @@ def test_whole_training_steps(stem):
     config, x = vector.config, inputs(vector)
     start = weights(vector)
     model = build(start, config["sim_header"], config["cross_num_hidden_layers"])
-    groups = parameter_groups(model, config["lr"], config["coef_lr"], config["weight_decay"], "clip4clip")
+    groups = parameter_groups(named(model), config["lr"], config["coef_lr"], config["weight_decay"], decays_all=True)
     optimizer = BertAdam(
         groups,
         lr=config["lr"],
         warmup=config["warmup_proportion"],
-        schedule=config["schedule"],
         betas=(0.9, 0.98),
         t_total=config["t_total"],
         weight_decay=config["weight_decay"],

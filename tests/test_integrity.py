@@ -9,7 +9,8 @@ import torch
 
 from checkpoints.read import CheckpointError, save_checkpoint
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.integrity import IntegrityError, check_complete, check_counts, check_overlap, with_own_counts
+from dataloaders.integrity import IntegrityError, check_complete, check_overlap, with_own_counts
+from dataloaders.msrvtt import Options
 from dataloaders.registry import load_annotations, short_id
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
 from engine.data import trained_videos
@@ -62,8 +63,8 @@ def test_counts_of_ones_own(sample_all, tmp_path):
         ('{"test": {"videos": true, "captions": 60}}', "test.videos must be a whole number >= 1, is True"),
         ('{"train": {"videos": 1.5, "captions": 60}}', "train.videos must be a whole number >= 1, is 1.5"),
         ('{"tset": {"videos": 12, "captions": 60}}', "key 'tset' is no split; .* with splits train, val, test"),
-        ("[]", "holds no object"),
-        ("{", "cannot be read as JSON"),
+        ("[]", "must hold an object {…}, holds a list"),
+        ("{", "line 1, column 2: Expecting property name"),
     ],
 )
 def test_counts_of_ones_own_that_are_none(tmp_path, content, message):
@@ -74,7 +75,7 @@ def test_counts_of_ones_own_that_are_none(tmp_path, content, message):
 
 def test_msrvtt_counts_stand_beside_the_list_where_there_is_no_json(tmp_path):
     (tmp_path / "test.csv").write_text("video_id,sentence\nvideo1,a\n")
-    files = AnnotationFiles(val_csv=tmp_path / "test.csv")
+    files = AnnotationFiles(options=Options(val_csv=tmp_path / "test.csv"))
     with pytest.raises(IntegrityError, match=r"msrvtt test lists 1 videos, which is none of the published lists \(1,0"):
         check_complete(load_annotations("msrvtt", "test", files), allow_missing=False)
     check_complete(load_annotations("msrvtt", "test", files), allow_missing=True)
@@ -84,14 +85,14 @@ def test_msrvtt_counts_stand_beside_the_list_where_there_is_no_json(tmp_path):
 
 def test_counts_are_checked_whatever_is_missing_on_disk():
     split = split_of(4, Expected(4, 4)).drop(["v1"])
-    check_counts(split, allow_missing=False)  # training goes on without a video
+    check_complete(split, allow_missing=False, training=True)  # training goes on without a video
     with pytest.raises(IntegrityError, match="1 of 4 videos"):
         check_complete(split, allow_missing=False)
     for expected, message in ((Expected(5, 4), "lists 4 videos where 5"), (Expected(4, 9), "holds 4 captions where 9")):
         split = split_of(4, expected).drop(["v1"])
         with pytest.raises(IntegrityError, match=f"{message} .*give --allow_missing"):
-            check_counts(split, allow_missing=False)
-        check_counts(split, allow_missing=True)
+            check_complete(split, allow_missing=False, training=True)
+        check_complete(split, allow_missing=True, training=True)
 
 
 def test_a_training_list_that_lost_rows_stops_the_run(sample, msrvtt_flags, tmp_path, capsys):

@@ -6,14 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_resume import processes_of
 
-from engine.distributed import Place, choose_device, first_host, read_place
+from engine.distributed import Place, choose_device, first_host, read_place, same_kind_of_device
 from engine.resume import load_last
 from main_task_retrieval import main
 
@@ -109,8 +111,8 @@ def start(command: list[str], **more: str) -> subprocess.Popen:
     )
 
 
-def torchrun(flags: list[str]) -> list[subprocess.Popen]:
-    return [start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", MAIN, *flags])]
+def torchrun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
+    return [start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script, *flags])]
 
 
 def two_nodes(flags: list[str]) -> list[subprocess.Popen]:
@@ -245,11 +247,33 @@ def test_launchers(flags, alone, tmp_path, launcher):
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
 
 
+def failing(how: str, rank: int) -> tuple[str, str, str]:
+    return (str(ROOT / "tests" / "failing_rank.py"), how, str(rank))
+
+
+@pytest.mark.parametrize(("how", "rank"), [("raise", 0), ("raise", 1), ("kill", 1)])
+def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
+    """Within a minute (and 30 s for the imports); torchrun shows the rank's traceback, or the signal that ended it."""
+    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing(how, rank)), 90)
+    assert status != 0
+    summary = errors[errors.index("failing_rank.py FAILED") :]
+    if how == "raise":
+        assert f"[rank{rank}]: Traceback" in errors
+        assert f"[rank{rank}]: ValueError: planned failure" in errors
+        cause = summary[summary.index("Root Cause") :]
+        assert f"(local_rank: {rank})" in cause
+        assert "in step" in cause
+        assert "ValueError: planned failure" in cause
+    else:
+        assert "Signal 9 (SIGKILL) received by PID" in summary
+    if (how, rank) == ("raise", 0):  # rank 0 keeps the log
+        assert "ValueError: planned failure" in (tmp_path / "out" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(("how", "rank"), [("raise", 0), ("raise", 1), ("kill", 1), ("freeze", 2)])
 def test_one_failing_rank_ends_all(flags, tmp_path, how, rank):
-    """Without a launcher that would end the others, within a minute, and the blame goes to the right rank."""
-    script = (str(ROOT / "tests" / "failing_rank.py"), how, str(rank))
-    processes = srun(flags_to(flags, tmp_path / "out"), script)
+    """Without a launcher that would end the others: lost connections do, or the time-out of collectives (here 5 s)."""
+    processes = srun(flags_to(flags, tmp_path / "out"), failing(how, rank))
     if how == "freeze":  # itself it ends only when killed, after the others
         found = finish([p for r, p in enumerate(processes) if r != rank], 90)
         processes[rank].kill()
@@ -258,14 +282,55 @@ def test_one_failing_rank_ends_all(flags, tmp_path, how, rank):
         found = finish(processes, 90)  # 30 s of it for the imports
     assert all(status != 0 for status, _ in found), found
     if how == "raise":
-        assert "ValueError: planned failure" in found[rank][1]
+        assert f"[rank{rank}]: ValueError: planned failure" in found[rank][1]
         assert "in step" in found[rank][1]  # its traceback
-        for r in {0, 1, 2} - {rank}:
-            told = f"rank {r} of 3 ends: rank {rank} of 3 failed: ValueError: planned failure"
-            assert told in found[r][1], found[r][1]
-            assert "Traceback" not in found[r][1]
+        assert all("planned failure" not in found[r][1] for r in {0, 1, 2} - {rank})
     if how == "freeze":
-        assert all("rank 2 has given no sign of life for 5 s" in errors for _, errors in found), found
+        assert all(": Traceback" in errors for _, errors in found), found
+        assert any("imed out" in errors or "imeout" in errors for _, errors in found), found
+
+
+def test_a_rank_that_starts_late_is_waited_for(flags, tmp_path):
+    """Longer than the time-out of collectives, which applies only once all have met."""
+    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing("late", 0)))
+    assert status == 0, errors
+
+
+@pytest.mark.parametrize(("chosen", "told"), [("cuda", "rank 1: none"), ("cpu", "rank 1: cpu")])
+def test_a_rank_with_another_kind_of_device_is_named(monkeypatch, tmp_path, chosen, told):
+    """Two ranks as threads that meet at a store; one sees CUDA, the other does not."""
+    store, errors = dist.HashStore(), {}
+
+    def rank(number: int) -> None:
+        place = Place(number, 2, 0)
+        try:
+            same_kind_of_device("auto", place, store)
+        except ValueError as error:
+            errors[number] = str(error)
+
+    def choose(name: str, place: Place) -> torch.device:
+        if place.rank == 0:
+            return torch.device("cuda", 0)
+        if chosen == "cuda":
+            raise ValueError("--device cuda: no CUDA device is visible to torch")
+        return torch.device("cpu")
+
+    monkeypatch.setattr("engine.distributed.choose_device", choose)
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert f"most have cuda, but {told}. Check the driver" in errors[0]
+    assert ("no CUDA device" if chosen == "cuda" else told) in errors[1]
+
+
+def test_an_error_of_one_process_is_one_line(flags, tmp_path):
+    command = [*flags_to(flags, tmp_path / "out"), "--resume_model", "nowhere.pt"]
+    [(status, errors)] = finish([start([MAIN, *command])])
+    assert status == 1
+    assert errors.startswith("error: --resume_model nowhere.pt: no such file")
+    assert len(errors.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -28,7 +28,7 @@ CLIP4CLIP = {  # fixture -> flags it was trained with
     "A6_seqTransf_3d": [],
 }
 OTHERS = {
-    "C5_xpool": ["--sim_header", "xpool"],
+    "C5_xpool": ["--sim_header", "xpool", "--num_mha_heads", "1"],
     "C2_wti2_seqTransf": ["--sim_header", "seqTransf", "--interaction", "wti", "--compat", "drl"],
     "B2_wti3_plainclip": ["--interaction", "wti", "--wti_arch", "3", "--compat", "internvideo"],
     "B2_ti_plainclip": ["--interaction", "ti"],
@@ -116,11 +116,11 @@ def test_checkpoint_evaluates_trains_and_loads_back(stem, msrvtt_flags, tmp_path
         ("A3_seqTransf_2d", ["--sim_header", "meanP"], "give --sim_header seqTransf"),
         ("A2_seqLSTM_2d", ["--sim_header", "meanP"], "give --sim_header seqLSTM"),
         ("A5_meanP_3d", ["--sim_header", "meanP"], "give --linear_patch 3d"),
-        ("A1_meanP_2d", ["--linear_patch", "3d"], "it was trained with --linear_patch 2d"),
+        ("A1_meanP_2d", ["--linear_patch", "3d"], "it was not trained with --linear_patch 3d"),
         ("A1_meanP_2d", ["--interaction", "wti"], "holds no weights for --interaction wti"),
         ("B2_wti3_plainclip", [], "give --interaction wti"),
         ("B1_evl_meanP", [], "give --clip_evl"),
-        ("A1_meanP_2d", ["--clip_evl"], "leave --clip_evl out"),
+        ("A1_meanP_2d", ["--clip_evl"], "it was not trained with --clip_evl"),
     ],
 )
 def test_the_wrong_options_for_a_checkpoint_are_named(stem, flags, message, msrvtt_flags, tmp_path, capsys):

@@ -2,19 +2,20 @@
 
 import torch
 
-from checkpoints.names import VIDEO_TOWER_PARTS
-from engine.build import build_model, checkpoint_tensors
+from engine.build import build_model, checkpoint_tensors, find_weights
+from engine.compat import COMPAT
 from engine.options import parse_options
 from engine.step import build_optimizer
+from modules.encoders.internvideo import VideoCLIP
 
-PARTS = tuple(f"clip.{part}" for part in VIDEO_TOWER_PARTS)
+PARTS = tuple(f"clip.{part}" for part in VideoCLIP.own_parts)
 
 
 def rates(flags, *more):
     """Name -> learning rate of every parameter that trains, as a run with these flags would have it."""
     options = parse_options([*flags, "--do_train", "--clip_evl", "--lr", "1e-3", "--coef_lr", "1e-2", *more])
-    model, _ = build_model(options.model, to_train=True)
-    groups = build_optimizer(model, options.train, options.model.compat, 10).param_groups
+    model = build_model(options, find_weights(options))
+    groups = build_optimizer(model, options.train, COMPAT[options.model.compat], 10).param_groups
     return {name: group["lr"] for group in groups for name in group["names"]}, model
 
 

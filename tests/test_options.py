@@ -60,6 +60,10 @@ def test_booleans_mean_what_they_say(text, value):
     [
         (["--max_frames", "0"], "--max_frames must be >= 1, got 0"),
         (["--max_words", "1"], "--max_words must be >= 2, got 1"),
+        (
+            ["--decoder", "opencv"],
+            "--decoder must be pyav (opencv gave memory rubbish for interlaced video with OpenCV 5",
+        ),
         (["--lr", "0"], "--lr must be > 0, got 0.0"),
         (["--lr", "nan"], "--lr must be > 0, got nan"),
         (["--warmup_proportion", "1"], "--warmup_proportion must be in [0, 1), or -1 for none, got 1.0"),
@@ -78,9 +82,12 @@ def test_booleans_mean_what_they_say(text, value):
             "--cdcr 1 works on features or tokens that --sim_header tight",
         ),
         (["--wti_arch", "3"], "--wti_arch 3 belongs to --interaction wti, got --interaction no"),
-        (["--linear_patch", "3d", "--clip_evl"], "--linear_patch 3d is not for --clip_evl"),
-        (["--mergeclip=True"], "--mergeclip is for InternVideo's tower; add --clip_evl"),
-        (["--pretrained_path", "a"], "--pretrained_path is for InternVideo's tower; add --clip_evl"),
+        (
+            ["--linear_patch", "3d", "--clip_evl"],
+            "--linear_patch 3d belongs to --encoder clip, got --encoder internvideo",
+        ),
+        (["--mergeclip=True"], "--mergeclip True belongs to --clip_evl, got --encoder clip"),
+        (["--pretrained_path", "a"], "--pretrained_path a belongs to --clip_evl, got --encoder clip"),
         (["--clip_evl", "--mergeclip"], "--mergeclip averages the file of --pretrained_path with a CLIP"),
         (["--mergeweight", "1.5"], "--mergeweight must be in [0, 1], got 1.5"),
         (["--similarity_memory_mb", "0"], "--similarity_memory_mb must be >= 1, got 0"),
@@ -102,7 +109,10 @@ def test_booleans_mean_what_they_say(text, value):
         (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
         (["--do_train", "--train_csv", "t", "--finetuned_path", "b"], "--finetuned_path is for evaluation"),
         (["--fp16", "--precision", "bf16"], "--fp16 means --precision fp16, but --precision bf16 was given"),
-        (["--frame_rule", "stride", "--slice_framepos", "0"], "--slice_framepos 0 acts with --frame_rule second only"),
+        (
+            ["--frame_rule", "stride", "--slice_framepos", "0"],
+            "--slice_framepos 0 belongs to --frame_rule second, got --frame_rule stride",
+        ),
     ],
 )
 def test_bad_options_are_refused_by_name(capsys, more, message):

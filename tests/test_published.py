@@ -1,7 +1,18 @@
 """Published rows: true to their tables, compared only with what measures the same."""
 
-from modules.encoders.internvideo import VideoClipSizes
-from tools.published import compare, protocol_of, published_rows, tower_name
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
+from tools.published import compare, protocol_of, published_rows
+from tools.runs import tower_of
+
+ROOT = Path(__file__).parent.parent
 
 ROW = {"R@1": 41.0, "R@5": 66.0, "R@10": 75.0, "MedR": 2.0, "MeanR": 22.9}
 OPTIONS = {
@@ -50,7 +61,8 @@ def test_names_of_towers():
         vision_heads=16,
         read_after=(23,),
     )
-    assert tower_name(True, sizes) == TOWER
+    with torch.device("meta"):
+        assert VideoCLIP(sizes, "quick_gelu").tower == TOWER
 
 
 def test_the_same_protocol_is_compared_with_its_own_post_processing():
@@ -73,3 +85,33 @@ def test_another_protocol_is_named_instead():
     (line,) = compare(FOUND | {"options": OPTIONS | {"compat": "none"}}, "CLIP ViT-B/16")
     assert line == "not compared with CLIP with mean pooling, zero-shot: tower CLIP ViT-B/16 here, CLIP ViT-B/32 there"
     assert compare(FOUND | {"dataset": "other"}, TOWER) == ["no published row for other"]
+
+
+def test_a_finished_run_is_read_without_torch(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(FOUND | {"tower": TOWER}))
+    code = "import sys, tools.published as p; s = p.main(sys.argv[1:]); sys.exit(s or 'torch' in sys.modules)"
+    for command in (["-m", "tools.published"], ["-c", code]):
+        done = subprocess.run([sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == compare(FOUND, TOWER)
+    missing = tmp_path / "none"
+    done = subprocess.run([sys.executable, *command, str(missing)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{missing} is not the results.json of a finished run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "tower"),
+    [
+        ({"pretrained_clip_name": "ViT-B/16"}, "CLIP ViT-B/16"),
+        ({"pretrained_clip_name": "/weights/own.pt"}, "CLIP"),
+        ({"pretrained_clip_name": "ViT-B/32", "finetuned_path": "of_unknown_size.bin"}, "CLIP"),
+        (
+            {"clip_evl": True, "pretrained_path": "a.ckpt", "mergeclip": True, "pretrained_clip_name": "ViT-L/14"},
+            "InternVideo ViT-L/14",
+        ),
+        ({"clip_evl": True, "pretrained_path": "a.ckpt", "pretrained_clip_name": "ViT-B/32"}, "InternVideo"),
+    ],
+)
+def test_older_results_tell_the_tower_by_their_options(options, tower):
+    assert tower_of({"options": options}) == tower

@@ -15,7 +15,8 @@ import torch
 
 import engine.step
 from checkpoints.whole import remove_leftovers, write_whole
-from engine.resume import load_last, random_state, set_random_state
+from engine.resume import load_last
+from engine.step import random_state, set_random_state
 from main_task_retrieval import main
 
 ROOT = Path(__file__).parent.parent
@@ -273,9 +274,9 @@ def test_auto_starts_afresh_without_a_checkpoint(whole, tmp_path):
 def test_a_loss_that_is_not_finite_names_its_clips(whole, tmp_path, capsys, monkeypatch):
     original, seen = engine.step.Trainer.backward, []
 
-    def backward(trainer, batch):
+    def backward(trainer, batch, *shares):
         seen.append(batch.video_ids)
-        loss = original(trainer, batch)
+        loss = original(trainer, batch, *shares)
         return loss * float("nan") if len(seen) == 3 else loss
 
     monkeypatch.setattr(engine.step.Trainer, "backward", backward)

@@ -10,6 +10,7 @@ import pytest
 import dataloaders.datasets
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from main_task_retrieval import main
+from plugins import from_flags
 from preprocess.check_dataset import main as check_dataset
 
 DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")
@@ -67,9 +68,9 @@ def mirrored(source: Path, target: Path) -> dict[str, Path]:
 
 def test_videos(root: Path, datatype: str) -> list[Path]:
     data = root / datatype
-    files = AnnotationFiles(
-        data_path=data / "MSRVTT_data.json" if datatype == "msrvtt" else data, val_csv=data / "MSRVTT_JSFUSION_test.csv"
-    )
+    flags = {"val_csv": data / "MSRVTT_JSFUSION_test.csv"}
+    annotations = data / "MSRVTT_data.json" if datatype == "msrvtt" else data
+    files = AnnotationFiles(annotations, from_flags(DATASETS[datatype].Options, flags))
     return [video.path for video in load_split(datatype, "test", files, video_folder(root, datatype)).videos]
 
 
@@ -93,7 +94,7 @@ def test_a_clean_set_passes_in_one_line_per_split(sample_all, datatype, capsys):
     flags = [*annotation_flags(sample_all, datatype), "--features_path", str(video_folder(sample_all, datatype))]
     assert check_dataset([*flags, "--num_workers", "1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    splits = DATASETS[datatype].SPLITS
+    splits = DATASETS[datatype].splits
     assert len(lines) == len(splits)
     assert all(line.startswith(f"{datatype} {name}: ok: ") for line, name in zip(lines, splits))
 
@@ -107,14 +108,14 @@ def test_one_training_step_and_an_evaluation(sample_all, datatype, tmp_path, mon
     found = json.loads((out / "results.json").read_text())
     assert (found["dataset"], found["split"], found["n_videos"]) == (datatype, "test", 12)
     assert found["missing_videos"] == []
-    assert found["protocol"]["selected_on"] == ("val" if "val" in DATASETS[datatype].SPLITS else "test")
+    assert found["protocol"]["selected_on"] == ("val" if "val" in DATASETS[datatype].splits else "test")
     assert found["options"]["frame_rule"] == ("second" if datatype in ("msvd", "activity") else "stride")
     assert found["overlap_with_training"]["videos"] == []
     if datatype in ("msvd", "vatex"):
         assert found["n_captions"] > 12
     # The last thing done was the evaluation: every test video decoded once, whatever its number of captions.
     assert sorted(decoded[-12:]) == sorted(test_videos(sample_all, datatype))
-    rule, endings = found["options"]["frame_rule"], " ".join(DATASETS[datatype].EXTENSIONS)
+    rule, endings = found["options"]["frame_rule"], " ".join(DATASETS[datatype].extensions)
     assert f"frames by the {rule} rule; files {endings}" in (out / "log.txt").read_text()
 
 

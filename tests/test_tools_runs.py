@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.provenance import git_revision
+from engine.records import git_revision
 from main_task_retrieval import main
 from tools.rerun import main as rerun
 from tools.results import main as gather

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataloaders.video import FrameSampling, VideoReadError, decode_frames, probe_video, read_frames
 from dataloaders.video import decode as video
-from dataloaders.video.decode import VideoReadError, decode_frames, probe_video, read_frames
-from dataloaders.video.frames import FrameSampling
-from dataloaders.video.plan import plan_runs
+from dataloaders.video.decode import plan_runs
 from tests.video_files import (
     copy_stream,
     cut_bytes,
@@ -82,7 +81,6 @@ CUT = {
     "starts_open_hevc.mkv": ("hevc.mp4", 37, 0.0),
 }
 TIMED = [name for name in [*GOOD_FILES, *ROTATED, *CUT] if name.endswith((".mp4", ".mkv", ".mov", ".webm", ".3gp"))]
-AV1 = ["av1.mp4", "av1.webm"]
 
 
 @pytest.fixture(scope="session")
@@ -192,26 +190,12 @@ def test_frame_rate_is_what_opencv_reports(folder, name):
     assert probe_video(folder / name).fps == expected
 
 
-@pytest.mark.parametrize("name", [name for name in [*GOOD_FILES, *ROTATED, *CUT] if name not in AV1])
-def test_both_decoders_give_the_same_pixels(folder, name):
-    info = probe_video(folder / name)
-    for indices in index_sets(info.frame_count, 1):
-        assert np.array_equal(decode_frames(info.path, indices, "opencv", info), decode_frames(info.path, indices))
-
-
 def test_wide_gamut_is_mapped_as_opencv_does(tmp_path):
     how = {"codec_options": FAST, "pix_fmt": "yuv420p10le", "colour": (9, 16, 9)}  # BT.2020 with the PQ curve
     path = make_video(tmp_path / "bt2020.mkv", 5, **how)
     read, image = cv2.VideoCapture(str(path)).read()
     assert read
     assert np.array_equal(decode_frames(path, [0])[0], image[..., ::-1])
-
-
-@pytest.mark.parametrize("name", AV1)
-def test_opencv_says_what_to_do_where_it_cannot_read(folder, name):
-    with pytest.raises(VideoReadError, match=r"OpenCV reads 0 of its 90 frames; use --decoder pyav") as caught:
-        decode_frames(folder / name, [3, 4], "opencv")
-    assert (caught.value.decoded, caught.value.wanted) == (0, 2)
 
 
 def test_rotation_is_applied(folder):
@@ -248,8 +232,8 @@ def test_indices_must_make_sense(folder, indices):
 
 
 def test_unknown_decoder(folder):
-    with pytest.raises(ValueError, match="decoder must be one of pyav, opencv, got 'decord'"):
-        decode_frames(folder / "b_frames.mp4", [0], "decord")
+    with pytest.raises(ValueError, match="decoder must be one of pyav, got 'opencv'"):
+        decode_frames(folder / "b_frames.mp4", [0], "opencv")
 
 
 def test_sound_that_outlasts_the_pictures_is_no_damage(tmp_path):
@@ -295,7 +279,6 @@ def _bad_file(name, folder, root):
     return path
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "opencv"])
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
@@ -318,10 +301,10 @@ def _bad_file(name, folder, root):
         ("half_wmv2.wmv", "cut off"),
     ],
 )
-def test_bad_files_raise_with_a_cause(folder, tmp_path, name, cause, decoder):
+def test_bad_files_raise_with_a_cause(folder, tmp_path, name, cause):
     path = _bad_file(name, folder, tmp_path)
     with pytest.raises(VideoReadError, match=cause) as caught:
-        read_frames(path, FrameSampling(), decoder=decoder)
+        read_frames(path, FrameSampling())
     assert caught.value.path == str(path)
     assert cause in caught.value.cause
     assert str(path) in str(caught.value)
@@ -342,12 +325,11 @@ def test_wherever_a_file_is_cut_it_raises_or_nothing_is_missing(folder, tmp_path
     assert raised >= 22
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "opencv"])
 @pytest.mark.parametrize("name", ["faststart.mp4", "mpeg4.avi", "mpeg2.ts", "av1.mp4", "h263.3gp"])
-def test_bit_errors_raise(folder, tmp_path, name, decoder):
+def test_bit_errors_raise(folder, tmp_path, name):
     path = flip_bits(folder / name, tmp_path / name, [(0.4, 0.8)])
     with pytest.raises(VideoReadError):
-        decode_frames(path, list(range(0, 90, 9)), decoder)
+        decode_frames(path, list(range(0, 90, 9)))
 
 
 def test_damage_after_the_last_wanted_frame_does_not_matter(folder, references, tmp_path):

@@ -10,9 +10,8 @@ import types
 import pytest
 import torch
 
-from engine import watch
-from engine.progress import log
-from engine.watch import EpochWatch, Scalars, duration, open_tensorboard, peak_memory_mb
+from engine import progress
+from engine.progress import Bar, EpochWatch, Scalars, log, open_tensorboard, peak_memory_mb
 from main_task_retrieval import main
 
 
@@ -32,7 +31,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(watch.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
 
 
 def run_epoch(clock: Clock, wait: float, work: float, steps: int, enabled: bool = True) -> EpochWatch:
@@ -84,8 +83,37 @@ def test_a_starving_run_names_the_flag(monkeypatch, lines, wait, enabled, warned
         assert said[0].startswith("40 % of the time goes into waiting for data: raise --num_thread_reader")
 
 
-def test_durations_and_memory():
-    assert [duration(s) for s in (59.6, 3600, 86399)] == ["0:01:00", "1:00:00", "23:59:59"]
+@pytest.mark.parametrize(("work", "left"), [(0.596, "0:01:00"), (36, "1:00:00"), (863.99, "23:59:59")])
+def test_time_left_in_words(monkeypatch, lines, work, left):
+    """100 steps to come."""
+    run_epoch(Clock(monkeypatch), wait=0, work=work, steps=21)
+    assert lines[-1].endswith(f"{left} left")
+
+
+def test_a_bar_of_bytes(monkeypatch, lines):
+    """Off a terminal: nothing at first, then a line after 15 s; on one, tqdm's bar; nothing on other ranks."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for enabled in (True, False):
+        with Bar("clip.pt", total=3_000_000, done=500_000, unit="B", enabled=enabled) as bar:
+            bar.advance(1_000_000)
+            assert len(lines) == (not enabled)
+            now[0] += 16
+            bar.advance(500_000)
+    assert lines == ["clip.pt: 2.00MB of 3.00MB"]
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Bar("clip.pt", total=3_000_000, unit="B") as bar:
+        time.sleep(0.2)  # tqdm draws ten times a second
+        bar.advance(1_500_000, note="from a mirror")
+    assert "50%" in terminal.getvalue()
+    assert "1.50M/3.00M" in terminal.getvalue()
+    assert "from a mirror" in terminal.getvalue()
+    assert len(lines) == 1
+
+
+def test_peak_memory():
     assert 50 < peak_memory_mb(torch.device("cpu")) < 1_000_000
 
 

@@ -1,13 +1,17 @@
 """Small untrained models with every head, and a batch for them."""
 
+import dataclasses
+
 import torch
 
-from checkpoints.read import ClipSizes
-from modules.encoders.clip import CLIP
+from modules.conventions import Conventions
+from modules.encoders import ENCODERS, Sizes
+from modules.encoders.clip import CLIP, ClipSizes
 from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
-from modules.heads import HEADS, build_head
-from modules.heads.base import HeadOptions
+from modules.heads import HEADS, INTERACTIONS, Head
+from modules.losses import LOSSES
 from modules.model import VideoTextModel
+from plugins import from_flags, options_of
 
 SIZES = ClipSizes(
     embed_dim=64,
@@ -34,19 +38,40 @@ CASES = (
 LENGTHS, FRAMES = (5, 9, 3, 7), (3, 1, 4, 2)
 
 
+def make_head(sim_header: str, sizes: Sizes, interaction: str = "no", **settings) -> Head:
+    """A head by name; settings: its own options, those of the interaction, and fields of Conventions."""
+    conventions = Conventions(
+        **{f.name: settings[f.name] for f in dataclasses.fields(Conventions) if f.name in settings}
+    )
+    plugin = HEADS[sim_header]
+    head = plugin(sizes, from_flags(options_of(plugin), settings), conventions)
+    if interaction == "no":
+        return head
+    token_wise = INTERACTIONS[interaction]
+    return token_wise(head, from_flags(options_of(token_wise), settings))
+
+
+def make_encoder(name: str, sizes: ClipSizes, **options) -> torch.nn.Module:
+    return ENCODERS[name](sizes, "quick_gelu", from_flags(options_of(ENCODERS[name]), options))
+
+
+def make_model(encoder, sim_header: str, interaction: str = "no", scaled: bool = True, **settings) -> VideoTextModel:
+    """A model around an encoder; with settings of --cdcr its loss."""
+    head = make_head(sim_header, encoder.head_sizes, interaction, **settings)
+    loss = LOSSES["cdcr" if settings.get("cdcr") else "contrastive"]
+    return VideoTextModel(encoder, head, loss(from_flags(options_of(loss), settings)), scaled)
+
+
 def tiny_model(
-    sim_header: str, interaction: str = "no", tower: str = "2d", noise: float = 0.02, **options
+    sim_header: str, interaction: str = "no", tower: str = "2d", noise: float = 0.02, **settings
 ) -> VideoTextModel:
     """In evaluation mode. Every parameter is random, those that start at zero too: else much would have no effect."""
     torch.manual_seed(0)
-    evl = tower == "evl"
-    clip = (
-        VideoCLIP(VideoClipSizes(**vars(SIZES), read_after=(0, 1)), "quick_gelu")
-        if evl
-        else CLIP(SIZES, "quick_gelu", temporal_patch=tower == "3d")
-    )
-    settings = HeadOptions(num_layers=2, interaction=interaction, projected_tokens=not evl, **options)
-    model = VideoTextModel(clip, build_head(sim_header, SIZES, settings)).eval()
+    if tower == "evl":
+        encoder = VideoCLIP(VideoClipSizes(**vars(SIZES), read_after=(0, 1)), "quick_gelu")
+    else:
+        encoder = CLIP(SIZES, "quick_gelu", CLIP.Options(linear_patch=tower))
+    model = make_model(encoder, sim_header, interaction, cross_num_hidden_layers=2, **settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += noise * torch.randn_like(parameter)

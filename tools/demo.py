@@ -15,16 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.demo", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample data and of training")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--n_train", type=int, default=800, help="training clips")
-    parser.add_argument("--n_test", type=int, default=100, help="held-out clips, the gallery")
-    return parser
+SAMPLE = """-m tools.sample_data --datatype msrvtt --output_dir {data} --seed {seed} --n_train {n_train}
+    --n_test {n_test}"""
+DATA = """--datatype msrvtt --data_path {data}/msrvtt/MSRVTT_data.json --features_path {data}/msrvtt/videos/all
+    --train_csv {data}/msrvtt/MSRVTT_train.9k.csv --val_csv {data}/msrvtt/MSRVTT_JSFUSION_test.csv
+    --max_frames 4 --max_words 32 --batch_size_val 32 --seed {seed} --device cpu"""
+CLIP = "--pretrained_clip_name {data}/clip/tiny_clip.pt"
+RUNS = {  # folder -> title and flags beside DATA, with which frames, words and device are the same in all runs
+    "zero_shot": ("zero-shot, untrained CLIP", f"--do_eval {CLIP}"),
+    "fine_tune": (
+        "fine-tuned, meanP",
+        f"--do_train {CLIP} --epochs {{epochs}} --batch_size 64 --lr 1e-3 --coef_lr 1 --freeze_layer_num -1",
+    ),
+    "evaluate": ("its checkpoint, evaluated again", "--do_eval --finetuned_path {out}/fine_tune/pytorch_model.bin"),
+}
+COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 
 def run(title: str, command: Sequence[str]) -> None:
@@ -37,111 +42,33 @@ def run(title: str, command: Sequence[str]) -> None:
     print(f"-- {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def retrieval_flags(data: Path, seed: int) -> list[str]:
-    """The flags that all three runs share: where the data are, and how clips become frames."""
-    return [
-        "--datatype",
-        "msrvtt",
-        "--data_path",
-        f"{data}/msrvtt/MSRVTT_data.json",
-        "--train_csv",
-        f"{data}/msrvtt/MSRVTT_train.9k.csv",
-        "--val_csv",
-        f"{data}/msrvtt/MSRVTT_JSFUSION_test.csv",
-        "--features_path",
-        f"{data}/msrvtt/videos/all",
-        "--max_frames",
-        "4",
-        "--max_words",
-        "32",
-        "--seed",
-        str(seed),
-        "--batch_size_val",
-        "32",
-        "--device",
-        "cpu",
-    ]
-
-
-def show_table(folder: Path, chance: float) -> dict[str, dict]:
-    """Print one table over the runs' results.json; returns their raw metrics."""
-    columns = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-    heads = "".join(f"{c:>7}" for c in columns)
-    print(f"\n{'':<34}{'text-to-video':^35}   {'video-to-text':^35}\n{'':<34}{heads}   {heads}")
-    found = {}
-    for name, title in (
-        ("zero_shot", "zero-shot, untrained CLIP"),
-        ("fine_tune", "fine-tuned, meanP"),
-        ("evaluate", "its checkpoint, evaluated again"),
-    ):
-        metrics = json.loads((folder / name / "results.json").read_text())["metrics"]
-        found[name] = metrics
-        both = [[metrics["raw"][d][c] for c in columns] for d in ("t2v", "v2t")]
-        print(f"{title:<34}{''.join(f'{x:7.1f}' for x in both[0])}   {''.join(f'{x:7.1f}' for x in both[1])}")
-    print(f"\nchance: R@1 {chance:.1f}; results in {folder}/*/results.json")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = argparse.ArgumentParser("tools.demo", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample data and of training")
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--n_train", type=int, default=800, help="training clips")
+    parser.add_argument("--n_test", type=int, default=100, help="held-out clips, the gallery")
+    args = parser.parse_args(argv)
     began, out = time.perf_counter(), args.output_dir.resolve()
-    data, train = out / "data", out / "fine_tune"
-    for name in ("zero_shot", "fine_tune", "evaluate"):
+    values = vars(args) | {"out": out, "data": out / "data"}
+
+    def words(text: str) -> list[str]:
+        return [word.format(**values) for word in text.split()]  # filled in last: a path may have spaces
+
+    for name in RUNS:
         shutil.rmtree(out / name, ignore_errors=True)
-    run(
-        "sample data: clips of moving shapes, captions, a small untrained CLIP",
-        [
-            "-m",
-            "preprocess.make_sample_data",
-            "--output_dir",
-            str(data),
-            "--datatype",
-            "msrvtt",
-            "--seed",
-            str(args.seed),
-            "--n_train",
-            str(args.n_train),
-            "--n_test",
-            str(args.n_test),
-        ],
-    )
-    shared = retrieval_flags(data, args.seed)
-    weights = ["--pretrained_clip_name", f"{data}/clip/tiny_clip.pt"]
-    run("zero-shot", ["main_task_retrieval.py", "--do_eval", *weights, "--output_dir", str(out / "zero_shot"), *shared])
-    run(
-        "fine-tuning",
-        [
-            "main_task_retrieval.py",
-            "--do_train",
-            *weights,
-            "--output_dir",
-            str(train),
-            "--epochs",
-            str(args.epochs),
-            "--batch_size",
-            "64",
-            "--lr",
-            "1e-3",
-            "--coef_lr",
-            "1",
-            "--freeze_layer_num",
-            "-1",
-            *shared,
-        ],
-    )
-    run(
-        "the saved checkpoint, evaluated again",
-        [
-            "main_task_retrieval.py",
-            "--do_eval",
-            "--finetuned_path",
-            str(train / "pytorch_model.bin"),
-            "--output_dir",
-            str(out / "evaluate"),
-            *shared,
-        ],
-    )
-    found = show_table(args.output_dir, 100 / args.n_test)
+    run("sample data: clips of moving shapes, captions, a small untrained CLIP", words(SAMPLE))
+    for name, (title, flags) in RUNS.items():
+        run(title, ["main_task_retrieval.py", *words(f"{flags} {DATA}"), "--output_dir", str(out / name)])
+
+    heads = "".join(f"{c:>7}" for c in COLUMNS)
+    print(f"\n{'':<34}{'text-to-video':^35}   {'video-to-text':^35}\n{'':<34}{heads}   {heads}")
+    found = {name: json.loads((out / name / "results.json").read_text())["metrics"] for name in RUNS}
+    for name, (title, _) in RUNS.items():
+        both = ("".join(f"{found[name]['raw'][d][c]:7.1f}" for c in COLUMNS) for d in ("t2v", "v2t"))
+        print(f"{title:<34}{'   '.join(both)}")
+    print(f"\nchance: R@1 {100 / args.n_test:.1f}; results in {args.output_dir}/*/results.json")
     if found["fine_tune"] != found["evaluate"]:
         print("tools.demo: the saved checkpoint does not evaluate to the same numbers", file=sys.stderr)
         return 1

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from modules.metrics import Metrics, format_metrics, retrieval_metrics
 
 

@@ -1,23 +1,24 @@
-"""Published numbers beside a run's own, where both measure the same; else what differs. The rows: published.json."""
+"""Published numbers beside a run's own, where both measure the same; else what differs. The rows: published.json.
+
+python -m tools.published runs/x
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.read import ClipSizes
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.runs import head_of, read_run, tower_of
 
 TABLE = Path(__file__).with_name("published.json")
-LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
 TITLES = {"t2v": "text-to-video", "v2t": "video-to-text"}
-
-
-def tower_name(clip_evl: bool, sizes: ClipSizes) -> str:
-    """Such as ``CLIP ViT-B/32``; a width that is no standard one stands as its number."""
-    size = LETTERS.get(sizes.vision_width, str(sizes.vision_width))
-    return f"{'InternVideo' if clip_evl else 'CLIP'} ViT-{size}/{sizes.patch_size}"
 
 
 def published_rows() -> list[dict[str, Any]]:
@@ -27,7 +28,6 @@ def published_rows() -> list[dict[str, Any]]:
 def protocol_of(found: Mapping[str, Any], tower: str) -> dict[str, Any]:
     """What must be equal before two results may stand side by side, under the names of published.json."""
     options = found["options"]
-    token_wise = options["interaction"]
     trained = options["do_train"] or options["finetuned_path"] or options["init_model"]
     return {
         "split": found["split"],
@@ -36,7 +36,7 @@ def protocol_of(found: Mapping[str, Any], tower: str) -> dict[str, Any]:
         "tower": tower,
         "weights": "fine-tuned" if trained else "zero-shot",
         "compat": options["compat"],
-        "head": options["sim_header"] + (f" {token_wise}" if token_wise != "no" else ""),
+        "head": head_of(options),
     }
 
 
@@ -70,7 +70,7 @@ def beside(row: Mapping[str, Any], metrics: Mapping[str, Any], options: Mapping[
 
 
 def compare(found: Mapping[str, Any], tower: str) -> list[str]:
-    """Lines to print after an evaluation. `found`: content of results.json; `tower`: see :func:`tower_name`.
+    """Lines to print after an evaluation. `found`: content of results.json; `tower`: such as ``CLIP ViT-B/32``.
 
     Rows are compared when all of :func:`protocol_of` agrees, and each with the post-processing that it was published
     with. Without such a row the nearest one of the dataset is named, and what differs.
@@ -84,3 +84,19 @@ def compare(found: Mapping[str, Any], tower: str) -> list[str]:
         return [f"no published row for {found['dataset']}"]
     nearest = min(rows, key=lambda row: len(differences(row, ours)))
     return [f"not compared with {nearest['source']}, {nearest['weights']}: {'; '.join(differences(nearest, ours))}"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("tools.published", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run, or its results.json")
+    try:
+        found = read_run(parser.parse_args(argv).run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(compare(found, tower_of(found))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.provenance import git_revision, sha256_of
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints.whole import file_sha256
+from engine.records import git_revision
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +37,7 @@ def changed_files(found: dict[str, Any]) -> list[str]:
                 continue
             if not path.is_file():
                 problems.append(f"{path} is gone")
-            elif sha256_of(path) != digest:
+            elif file_sha256(path) != digest:
                 problems.append(f"{path} has changed")
     return problems
 
@@ -47,28 +51,23 @@ def command_of(found: dict[str, Any], output_dir: Path) -> list[str]:
     return [*launcher, str(ROOT / script), *flags, "--output_dir", str(output_dir)]
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Every metric that is not the same, as a line."""
-    return [
-        f"{kind} {direction} {name}: {value} before, {after.get(kind, {}).get(direction, {}).get(name)} now"
-        for kind, both in before.items()
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """Such as ``{"raw t2v R@1": 41.0}``."""
+    return {
+        f"{kind} {direction} {name}": value
+        for kind, both in metrics.items()
         for direction, row in both.items()
         for name, value in row.items()
-        if after.get(kind, {}).get(direction, {}).get(name) != value
-    ]
+    }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.rerun", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="results.json of the run")
     parser.add_argument("--output_dir", type=Path, help="where to write; default: the run's own with _rerun added")
     parser.add_argument("--allow_changed", action="store_true", help="go on with files that have changed")
     parser.add_argument("--show", action="store_true", help="print the command and stop")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    asked = build_parser().parse_args(argv)
+    asked = parser.parse_args(argv)
     try:
         found = json.loads(asked.file.read_text(encoding="utf-8"))
         own = asked.file.resolve().parent
@@ -86,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problems and not asked.allow_changed:
         print(f"error: {'; '.join(problems)}. --allow_changed runs all the same", file=sys.stderr)
         return 1
-    done = subprocess.run(command, cwd=found["folder"])
-    if done.returncode:
+    if subprocess.run(command, cwd=found["folder"]).returncode:
         return 1
     again = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-    different = differences(found["metrics"], again["metrics"])
+    before, now = flat(found["metrics"]), flat(again["metrics"])
+    different = [f"{name}: {was} before, {now.get(name)} now" for name, was in before.items() if now.get(name) != was]
     print("\n".join(different) or "the same metrics")
     return 1 if different else 0
 

@@ -18,23 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from modules.metrics import LOOKS_AT
+from tools.runs import head_of, read_run, tower_of
 
 COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 HEAD = ("run", "dataset", "split", "videos", "captions", "tower", "head", "post-processing", "runs")
 APART = ("seed", "output_dir")
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """The results.json of a folder, or the file itself. Raises ValueError naming what is wrong with it."""
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not {"metrics", "options", "dataset"} <= set(found):
-            raise ValueError("it lacks metrics, options or dataset")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not the results.json of a finished run: {error}") from error
-    return found | {"name": file.resolve().parent.name}
 
 
 def kind_of_run(found: dict[str, Any]) -> str:
@@ -46,9 +38,8 @@ def kind_of_run(found: dict[str, Any]) -> str:
 
 def cell(values: list[float]) -> str:
     """One number, or mean ± standard deviation of several."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -58,22 +49,17 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
         groups.setdefault(kind_of_run(found), []).append(found)
     rows = [[*HEAD, *(f"{direction} {name}" for direction in ("t2v", "v2t") for name in COLUMNS)]]
     for group in groups.values():
-        first, options = group[0], group[0]["options"]
-        tower = "InternVideo" if options.get("clip_evl") else "CLIP"
-        token_wise = options.get("interaction", "no")
-        head = options.get("sim_header", "") + (f" {token_wise}" if token_wise != "no" else "")
-        for kind in first["metrics"]:
+        first = group[0]
+        counts = first["n_videos"], first["n_captions"]
+        setup = first["name"], first["dataset"], first["split"], *counts, tower_of(first), head_of(first["options"])
+        for kind, both in first["metrics"].items():
             label = f"{kind} (transductive)" if "(transductive)" in LOOKS_AT.get(kind, "") else kind
-            counts = first["n_videos"], first["n_captions"]
-            what = [first["name"], first["dataset"], first["split"], *counts, tower, head, label, len(group)]
             numbers = [
-                cell([run["metrics"][kind][direction][name] for run in group])
-                if direction in first["metrics"][kind]
-                else ""
+                cell([run["metrics"][kind][direction][name] for run in group]) if direction in both else ""
                 for direction in ("t2v", "v2t")
                 for name in COLUMNS
             ]
-            rows.append([*map(str, what), *numbers])
+            rows.append([*map(str, setup), label, str(len(group)), *numbers])
     return rows
 
 
@@ -91,34 +77,14 @@ def as_csv(rows: list[list[str]]) -> str:
 
 def as_latex(rows: list[list[str]]) -> str:
     """A tabular for the booktabs package."""
-    special = str.maketrans(
-        {
-            "&": r"\&",
-            "%": r"\%",
-            "_": r"\_",
-            "#": r"\#",
-            "$": r"\$",
-            "{": r"\{",
-            "}": r"\}",
-            "\\": r"\textbackslash{}",
-            "±": r"$\pm$",
-            "~": r"\textasciitilde{}",
-            "^": r"\textasciicircum{}",
-        }
-    )
-    lines = [" & ".join(text.translate(special) for text in row) + r" \\" for row in rows]
-    columns = "l" * len(HEAD) + "r" * (len(rows[0]) - len(HEAD))
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
+    special: dict[str, Any] = {sign: f"\\{sign}" for sign in "&%_#${}"} | {
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+    }
+    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    head, *body = (" & ".join(text.translate(str.maketrans(special)) for text in row) + r" \\" for row in rows)
+    begin = rf"\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * (len(rows[0]) - len(HEAD))}}}"
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
 
 FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}

@@ -17,9 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.options import DATATYPES
-from tools.results import as_markdown, read_run, table
+if not __package__:  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.results import as_markdown, table
+from tools.runs import read_run
+
+DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")  # with a script in zeroshot_scripts
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,9 +42,8 @@ def evaluate(datatype: str, data: Path, out: Path, weights: Path, flags: Sequenc
     script = ROOT / "zeroshot_scripts" / f"eval_{'activitynet' if datatype == 'activity' else datatype}.sh"
     places = {"DATA_PATH": str(data), "OUTPUT": str(out), "WEIGHTS": str(weights)}
     environment = {k: v for k, v in os.environ.items() if k != "VIDEO_PATH"}  # each dataset has videos of its own
-    return subprocess.run(
-        ["bash", str(script), *flags], env={"PYTHON": sys.executable} | environment | places
-    ).returncode
+    environment = {"PYTHON": sys.executable} | environment | places
+    return subprocess.run(["bash", str(script), *flags], env=environment).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

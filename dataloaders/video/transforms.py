@@ -9,10 +9,9 @@ from torchvision.transforms.v2 import functional as F
 
 
 class FrameTransform:
-    """Resize the short side to `size` and cut the centre square, on all frames of a clip at once.
+    """torchvision's ``Resize(size)``, antialiased bicubic, and ``CenterCrop(size)`` on all frames of a clip at once.
 
-    The geometry is that of torchvision's ``Resize(size)`` followed by ``CenterCrop(size)``, antialiased bicubic. Values
-    stay within 2 of 255 of the same steps with PIL, at a fraction of the time.
+    Values stay within 2 of 255 of the same steps with PIL, at a fraction of the time.
     """
 
     def __init__(self, size: int) -> None:

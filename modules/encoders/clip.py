@@ -1,97 +1,101 @@
-"""CLIP's two towers (Radford et al., arXiv 2103.00020): a ViT for images and a causal transformer for text.
+"""CLIP (Radford et al., arXiv 2103.00020): a ViT for images and a causal transformer for text.
 
-Batch first, attention through ``scaled_dot_product_attention``. Parameters carry the names of OpenAI's release
-(``visual.transformer.resblocks.0.attn.in_proj_weight`` ...), so a released state dict loads as it stands.
+Parameters carry the names of OpenAI's release (``visual.transformer.resblocks.0.attn.in_proj_weight`` ...), so a
+released state dict loads as it stands.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from checkpoints.read import ClipSizes
+from modules.conventions import RIGHT, Conventions
+from modules.encoders.base import Encoder, ImageInput, Sizes, register
+from modules.tokenizer import Tokenizer
+from modules.transformer import ACTIVATIONS, Transformer
+from plugins import flag
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``: the activation OpenAI trained its CLIP models with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention``."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, L, W]; mask bool, broadcastable to [B, heads, L, L], True where a key may be attended."""
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, length, width))
+HEAD_WIDTH = 64  # of every attention head of OpenAI's models
+WIDEST_IMAGE_TOWER = 1024  # of ViT-L: wider towers of open_clip have heads of other widths
+STEM = (
+    "positional_embedding",
+    "token_embedding.weight",
+    "visual.class_embedding",
+    "visual.positional_embedding",
+    "visual.conv1.weight",
+    "visual.ln_pre.weight",
+    "visual.ln_pre.bias",
+)
+LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
+BLOCK = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.")
 
 
-class Mlp(nn.Module):
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.act = ACTIVATIONS[activation]()
-        self.c_proj = nn.Linear(4 * width, width)
+@dataclass(frozen=True)
+class ClipSizes:
+    """Shape of a ViT CLIP. `image_resolution` is the image side in pixels."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.act(self.c_fc(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, width: int, heads: int, activation: str, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SelfAttention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, activation)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, causal)
-        return x + self.mlp(self.ln_2(x))
+    embed_dim: int
+    image_resolution: int
+    vision_layers: int
+    vision_width: int
+    patch_size: int
+    context_length: int
+    vocab_size: int
+    text_width: int
+    text_heads: int
+    text_layers: int
+    vision_heads: int
 
 
-class Transformer(nn.Module):
-    """A stack of :class:`Block`; x [B, L, W] -> [B, L, W].
+def clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
+    """Sizes of the CLIP in `tensors`, under OpenAI's names. Raises ValueError for shapes that are not a ViT CLIP's.
 
-    With `checkpointing` set, a block keeps only its input for the backward pass and computes the rest again there.
+    Heads are not visible in the weights: OpenAI's models have one per 64 channels.
     """
 
-    checkpointing = False
+    def count_blocks(tower: str) -> int:
+        return sum(re.fullmatch(tower + r"\.resblocks\.\d+\.attn\.in_proj_weight", key) is not None for key in tensors)
 
-    def __init__(self, width: int, layers: int, heads: int, activation: str, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation, eps) for _ in range(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        for block in self.resblocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, causal, use_reentrant=False)
-            else:
-                x = block(x, mask, causal)
-        return x
+    conv = tensors["visual.conv1.weight"]
+    if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
+        raise ValueError(f"clip.visual.conv1.weight has shape {list(conv.shape)}: not square image patches")
+    width, patch = conv.shape[0], conv.shape[-1]
+    rows = len(tensors["visual.positional_embedding"]) - 1
+    side = math.isqrt(rows)
+    if side * side != rows:
+        raise ValueError(
+            f"clip.visual.positional_embedding has {rows} patch positions, not a square number: only square images are "
+            "supported"
+        )
+    text_width = len(tensors["ln_final.weight"])
+    for tower, size in (("image", width), ("text", text_width)):
+        if size % HEAD_WIDTH:
+            raise ValueError(f"the {tower} tower is {size} wide, not a multiple of {HEAD_WIDTH} (one head)")
+    if width > WIDEST_IMAGE_TOWER:
+        raise ValueError(
+            f"the image tower is {width} wide. Models wider than ViT-L ({WIDEST_IMAGE_TOWER}) have heads of other "
+            f"widths than {HEAD_WIDTH}, which weights do not show, and are not built here."
+        )
+    return ClipSizes(
+        embed_dim=tensors["text_projection"].shape[1],
+        image_resolution=patch * side,
+        vision_layers=count_blocks(r"visual\.transformer"),
+        vision_width=width,
+        patch_size=patch,
+        context_length=len(tensors["positional_embedding"]),
+        vocab_size=len(tensors["token_embedding.weight"]),
+        text_width=text_width,
+        text_heads=text_width // HEAD_WIDTH,
+        text_layers=count_blocks("transformer"),
+        vision_heads=width // HEAD_WIDTH,
+    )
 
 
 class ImageTower(nn.Module):
@@ -125,44 +129,43 @@ class ImageTower(nn.Module):
         """clips float [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width] by `conv2`."""
         return self.conv2(clips.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """images float [B, 3, S, S] -> tokens [B, 1 + P, width] before ``ln_post`` and projection; CLS first."""
-        return self.attend(self.patches(images))
-
     def attend(self, patches: Tensor) -> Tensor:
-        """Embedded patches [B, P, width] -> tokens [B, 1 + P, width]."""
+        """Embedded patches [B, P, width] -> tokens [B, 1 + P, width] before ``ln_post`` and projection; CLS first."""
         cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         return self.transformer(self.ln_pre(x))
 
-    def feature(self, tokens: Tensor) -> Tensor:
-        """tokens [B, 1 + P, width] -> features [B, D], not unit length."""
-        return self.ln_post(tokens[:, 0]) @ self.proj
+    def feature(self, patches: Tensor) -> Tensor:
+        """Embedded patches [B, P, width] -> image features [B, D], not unit length."""
+        return self.ln_post(self.attend(patches)[:, 0]) @ self.proj
 
     def forward(self, images: Tensor) -> Tensor:
         """images float [B, 3, S, S], normalised -> image features [B, D], not unit length."""
-        return self.feature(self.tokens(images))
+        return self.feature(self.patches(images))
 
 
-def centred_in_time(patch_weight: Tensor) -> Tensor:
-    """Start of `conv2` from `conv1`: [W, 3, P, P] -> [W, 3, 3, P, P], the middle frame only, as CLIP4Clip does."""
-    start = patch_weight.new_zeros(*patch_weight.shape[:2], 3, *patch_weight.shape[2:])
-    start[:, :, 1] = patch_weight
-    return start
+@dataclass(frozen=True)
+class ClipOptions:
+    linear_patch: str = flag("2d", "patches span one frame (2d) or three in a row (3d)", choices=("2d", "3d"))
 
 
-class CLIP(nn.Module):
-    """Both towers and the logit scale; ``sizes`` says how big, ``activation`` which MLP non-linearity.
+@register("clip")
+class CLIP(Encoder):
+    """Both towers and the logit scale; `sizes` says how big, `activation` which MLP non-linearity."""
 
-    `temporal_patch`: see :class:`ImageTower`.
-    """
+    Options = ClipOptions
+    title = family = "CLIP"
+    own_parts: tuple[str, ...] = ("visual.conv2.",)
+    spec_options: tuple[str, ...] = ("linear_patch",)
 
-    def __init__(self, sizes: ClipSizes, activation: str, temporal_patch: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, sizes: ClipSizes, activation: str, options: Any = None, conventions: Conventions = RIGHT
+    ) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"--activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.sizes, self.activation = sizes, activation
-        self.visual = ImageTower(sizes, activation, temporal_patch)
+        self.image = ImageInput(sizes.image_resolution)
+        super().__init__(sizes, activation, options or self.Options(), conventions)
+        self.build_image_tower()
         self.transformer = Transformer(sizes.text_width, sizes.text_layers, sizes.text_heads, activation)
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(sizes.context_length, sizes.text_width))
@@ -171,46 +174,53 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [..., 3, S, S] in 0..255 -> float32 with CLIP's mean and deviation; float input is taken as done."""
-        if images.is_floating_point():
-            return images
-        std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-        mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-        # One conversion and two in-place passes: a naive (x / 255 - mean) / std would cost four copies of the clip.
-        return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    def build_image_tower(self) -> None:
+        self.visual = ImageTower(self.sizes, self.activation, self.options.linear_patch == "3d")
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """images uint8 or float [B, 3, S, S] -> [B, D], not unit length."""
-        self.check_side(images)
-        return self.visual(self.normalize(images))
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> ClipSizes:
+        if options is not None and options.linear_patch == "2d" and "visual.conv2.weight" in tensors:
+            raise ValueError("clip.visual.conv2.weight has no place with --linear_patch 2d; give --linear_patch 3d")
+        return clip_sizes(tensors)
 
-    def check_side(self, images: Tensor) -> None:
-        """Raises ValueError unless [..., S, S] are the pixels this tower takes."""
-        side = self.sizes.image_resolution
-        if images.shape[-2:] != (side, side):
-            raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(images.shape[-2:])}")
+    @property
+    def tower(self) -> str:
+        """Such as ``CLIP ViT-B/32``; a width that is no standard one stands as its number."""
+        width = self.sizes.vision_width
+        return f"{self.family} ViT-{LETTERS.get(width, width)}/{self.sizes.patch_size}"
 
-    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> [V, T, D] float32; zeros at padding.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer()
 
-        Only real frames go through the tower. Raises ValueError for a wrong image side or a clip without any.
+    @property
+    def head_sizes(self) -> Sizes:
+        sizes = self.sizes
+        return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, token_width=sizes.embed_dim)
+
+    def start_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Patches of three frames start with those of one in the middle, as in CLIP4Clip."""
+        if not hasattr(self.visual, "conv2"):
+            return {}
+        return {"visual.conv2.weight": F.pad(tensors["visual.conv1.weight"].unsqueeze(2), (0, 0, 0, 0, 1, 1))}
+
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """frames uint8 or float [V, T, 3, S, S], mask bool [V, T] -> [V, T, D] float32, zeros at padding, and None.
+
+        Only real frames go through the tower. Raises ValueError for a wrong image side or a clip without any frame.
         """
-        if not frame_mask.any(dim=1).all():
-            empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
+        self.check_frames(frames, frame_mask)
         if self.visual.temporal_patch:
-            self.check_side(frames)
             clips = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
             patches = self.visual.clip_patches(clips)[frame_mask]
-            features = self.visual.feature(self.visual.attend(patches)).float()
         else:
-            features = self.encode_image(frames[frame_mask]).float()
+            patches = self.visual.patches(self.normalize(frames[frame_mask]))
+        features = self.visual.feature(patches).float()
         out = features.new_zeros(*frame_mask.shape, features.shape[-1])
-        return out.masked_scatter(frame_mask.unsqueeze(-1), features)
+        return out.masked_scatter(frame_mask.unsqueeze(-1), features), None
 
     def text_tokens(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [N, L], L up to the context length -> projected tokens [N, L, D].
+        """token_ids int64 [N, L], L up to the context length -> tokens [N, L, text width] after ``ln_final``.
 
         The mask is causal, so cutting L to the longest caption changes nothing for the tokens that remain.
         """
@@ -218,9 +228,19 @@ class CLIP(nn.Module):
         if length > self.sizes.context_length:
             raise ValueError(f"--max_words {length} exceeds the model's context of {self.sizes.context_length} tokens")
         x = self.token_embedding(token_ids) + self.positional_embedding[:length]
-        return self.ln_final(self.transformer(x, causal=True)) @ self.text_projection
+        return self.ln_final(self.transformer(x, causal=True))
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [N, L] -> [N, D] at the end-of-text token (the highest id), not unit length."""
-        tokens = self.text_tokens(token_ids)
-        return tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)]
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """token_ids int64 [N, L] -> the feature at the end-of-text token (the highest id) [N, D], tokens [N, L, D]."""
+        tokens = self.text_tokens(token_ids) @ self.text_projection
+        return tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)], tokens
+
+    def depth(self, name: str) -> int | None:
+        block = BLOCK.match(name)
+        if block:
+            return int(block[1]) + 1
+        return 0 if name in STEM else None
+
+    @property
+    def blocks(self) -> int:
+        return max(self.sizes.vision_layers, self.sizes.text_layers)

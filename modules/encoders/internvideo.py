@@ -9,19 +9,22 @@ stand.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.files import CheckpointError
-from checkpoints.names import CLIP_PREFIX
-from checkpoints.read import ClipSizes, clip_sizes
-from modules.encoders.clip import CLIP, Mlp, SelfAttention, Transformer
+from modules.encoders.base import Sizes, register
+from modules.encoders.clip import CLIP, ClipSizes, clip_sizes
+from modules.transformer import Mlp, SelfAttention, Transformer
+from plugins import flag, within
 
 USUAL_DECODERS = 4  # in every InternVideo model, for every size of ViT
-PATCH_WEIGHT = f"{CLIP_PREFIX}visual.conv1.weight"
+PATCHES = "visual.conv1.weight"
+UNUSED = "text_mask_embedding"
 
 
 @dataclass(frozen=True)
@@ -158,88 +161,121 @@ class VideoClipSizes(ClipSizes):
     read_after: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class InternVideoOptions:
+    clip_evl: bool = flag(
+        False, "InternVideo's video tower instead of CLIP's image tower; chooses this encoder", chooses=True
+    )
+    pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
+    mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
+    mergeweight: float = flag(
+        0.5, "weight of the CLIP in that average, the rest is the file's", must_be=within(0, 1), tolerated=True
+    )
+
+
+@register("internvideo")
 class VideoCLIP(CLIP):
     """CLIP whose image tower is InternVideo's video tower; the text tower is CLIP's."""
 
-    def __init__(self, sizes: VideoClipSizes, activation: str) -> None:
-        super().__init__(replace(sizes, vision_layers=0), activation)  # no image blocks: the video tower replaces them
-        self.sizes = sizes
-        self.visual = VideoTower(sizes, activation)
+    Options = InternVideoOptions
+    title, family = "InternVideo's video tower", "InternVideo"
+    chosen_by = "--clip_evl"
+    spec_options: tuple[str, ...] = ()
+    own_parts = (*(f"visual.transformer.{part}" for part in ("temporal_cls_token", "balance", "dpe.", "dec.")), UNUSED)
+    # InternVideo merges by name, and CLIP has these under others: it leaves them out, so its published models have
+    # those of its own file. Merging them as well would give other numbers.
+    renamed = {
+        "visual.proj": "visual_proj",
+        "visual.ln_post.weight": "visual_ln_post.weight",
+        "visual.ln_post.bias": "visual_ln_post.bias",
+    }
+
+    def build_image_tower(self) -> None:
+        sizes = self.sizes
+        self.visual = VideoTower(sizes, self.activation)
         self.visual_ln_post = nn.LayerNorm(sizes.vision_width)
         self.visual_proj = nn.Parameter(sizes.vision_width**-0.5 * torch.randn(sizes.vision_width, sizes.embed_dim))
-        # InternVideo's files hold it for a pre-training task; nothing reads it, so nothing trains it either.
+        # Most of InternVideo's files hold it for a pre-training task; nothing reads it, so nothing trains it either.
         self.text_mask_embedding = nn.Parameter(torch.zeros(1, 1, sizes.text_width), requires_grad=False)
 
-    def text_tokens_unprojected(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [N, L] -> tokens [N, L, text width] after ``ln_final``, not multiplied by text_projection.
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> VideoClipSizes:
+        return video_clip_sizes(tensors)
+
+    @classmethod
+    def adapted(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Patch weights of a plain CLIP [width, 3, p, p] become [width, 3, 1, p, p]; UNUSED is filled in."""
+        found = super().adapted(tensors)
+        if found[PATCHES].ndim == 4:
+            found[PATCHES] = found[PATCHES].unsqueeze(2)
+        found.setdefault(UNUSED, found["ln_final.weight"].new_zeros(1, 1, len(found["ln_final.weight"])))
+        return found
+
+    @classmethod
+    def own_weights(cls, options: InternVideoOptions) -> tuple[str, Path] | None:
+        return ("pretrained_path", options.pretrained_path) if options.pretrained_path else None
+
+    @classmethod
+    def merge_weight(cls, options: InternVideoOptions) -> float | None:
+        return options.mergeweight if options.mergeclip else None
+
+    @property
+    def head_sizes(self) -> Sizes:
+        sizes = self.sizes
+        return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, token_width=sizes.text_width)
+
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """token_ids int64 [N, L] -> the projected feature [N, D], tokens [N, L, text width] that are not projected.
 
         InternVideo's token-wise interaction compares these with the frames, which works where both are equally wide.
         """
-        length = token_ids.shape[1]
-        if length > self.sizes.context_length:
-            raise ValueError(f"--max_words {length} exceeds the model's context of {self.sizes.context_length} tokens")
-        x = self.token_embedding(token_ids) + self.positional_embedding[:length]
-        return self.ln_final(self.transformer(x, causal=True))
+        tokens = self.text_tokens(token_ids)
+        ends = tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)]
+        return ends @ self.text_projection, tokens
 
-    def text_tokens(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [N, L] -> projected tokens [N, L, D]."""
-        return self.text_tokens_unprojected(token_ids) @ self.text_projection
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> frames [V, T, D], videos [V, D], not unit.
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """images uint8 or float [B, 3, S, S] -> [B, D], each as a clip of one frame; not unit length."""
-        return self.encode_video(images[:, None], torch.ones(len(images), 1, dtype=torch.bool, device=images.device))[0]
-
-    def encode_video(
-        self, frames: Tensor, frame_mask: Tensor, source_padding: bool = False, source_frames: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> videos [V, D], frames [V, T, D], not unit.
-
-        Frames that the mask leaves out take no part, whatever they hold: a clip gives what it gives without them, and
-        their own features are zeros. With `source_padding` they are read as frames of normalised zeros (the mean
-        colour) and take part in everything, as in InternVideo; clips are first filled to `source_frames` (its loaders
-        fill to --max_frames), so that the result does not depend on the batch. The frame features then cover the
-        padding as well: T is at least `source_frames`. Raises ValueError for a wrong image side or an empty clip.
+        Frames that the mask leaves out do not matter, whatever they hold; their own features are zeros. Under
+        ``conventions.read_padding`` they are read as frames of normalised zeros (the mean colour) and count in
+        everything, as in InternVideo; clips are first filled to ``source_frames`` (its loaders fill to --max_frames),
+        so that the result does not depend on the batch. The frame features then cover the padding as well. Raises
+        ValueError for a wrong image side or an empty clip.
         """
-        side = self.sizes.image_resolution
-        if frames.shape[-2:] != (side, side):
-            raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(frames.shape[-2:])}")
-        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
-        if source_padding:
-            return self._encode_with_padding(frames, frame_mask, max(source_frames - frames.shape[1], 0))
-        lengths = frame_mask.sum(dim=1, keepdim=True)
-        # Packed to the front: to the convolution over time a frame's neighbours are its clip's other real frames.
-        packed = Slots.of(torch.arange(frames.shape[1], device=lengths.device) < lengths)
-        videos, features = self._project(self.normalize(frames[frame_mask]), packed)
-        return videos, Slots.of(frame_mask).fill(features)
+        self.check_frames(frames, frame_mask)
+        if self.conventions.read_padding:
+            missing = max(self.conventions.source_frames - frames.shape[1], 0)
+            read = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
+            read = torch.cat([read, read.new_zeros(len(read), missing, *read.shape[2:])], dim=1)
+            slots = packed = Slots(torch.ones(read.shape[:2], dtype=torch.bool, device=read.device), None)
+            read = read.flatten(0, 1)
+        else:
+            lengths = frame_mask.sum(dim=1, keepdim=True)
+            # Packed to the front: to the convolution over time a frame's neighbours are its clip's other real frames.
+            packed = Slots.of(torch.arange(frames.shape[1], device=lengths.device) < lengths)
+            slots, read = Slots.of(frame_mask), self.normalize(frames[frame_mask])
+        videos, features = (self.visual_ln_post(x) @ self.visual_proj for x in self.visual(read, packed))
+        return slots.fill(features), videos
 
-    def _encode_with_padding(self, frames: Tensor, frame_mask: Tensor, missing: int) -> tuple[Tensor, Tensor]:
-        frames = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
-        frames = torch.cat([frames, frames.new_zeros(len(frames), missing, *frames.shape[2:])], dim=1)
-        slots = Slots(torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device), None)
-        videos, features = self._project(frames.flatten(0, 1), slots)
-        return videos, slots.fill(features)
-
-    def _project(self, frames: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        videos, features = self.visual(frames, slots)
-        return self.visual_ln_post(videos) @ self.visual_proj, self.visual_ln_post(features) @ self.visual_proj
+    def without_gradient(self, reads_tokens: bool, reads_whole: bool) -> tuple[str, ...]:
+        return (("text_projection",) if reads_tokens else ()) + (() if reads_whole else self.own_parts)
 
 
 def video_clip_sizes(tensors: Mapping[str, Tensor]) -> VideoClipSizes:
-    """Sizes of the tower in `tensors` (canonical names, 5-D patch weights). CheckpointError for other shapes.
+    """Sizes of the tower in `tensors`, under this file's names. Raises ValueError for other shapes.
 
     The decoders stand after the last blocks, one each: as many as the weights have, else (plain CLIP) four.
     """
-    patches = tensors.get(PATCH_WEIGHT)
-    if patches is None or patches.ndim != 5 or patches.shape[2] != 1:
-        found = "is missing" if patches is None else f"has shape {list(patches.shape)}"
-        raise CheckpointError(f"{PATCH_WEIGHT} {found}: not the patches [width, 3, 1, p, p] of a video tower")
-    plain = clip_sizes({**tensors, PATCH_WEIGHT: patches.squeeze(2)})
+    patches = tensors[PATCHES]
+    if patches.ndim != 5 or patches.shape[2] != 1:
+        raise ValueError(
+            f"clip.{PATCHES} has shape {list(patches.shape)}, not that of a video tower: [width, 3, 1, p, p]"
+        )
+    plain = clip_sizes({**tensors, PATCHES: patches.squeeze(2)})
     layers = plain.vision_layers
-    decoder = f"{CLIP_PREFIX}visual.transformer.dec."
-    decoders = len({key[len(decoder) :].split(".")[0] for key in tensors if key.startswith(decoder)})
+    start = "visual.transformer.dec."
+    decoders = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
     decoders = decoders or min(USUAL_DECODERS, layers)
     if decoders > layers:
-        raise CheckpointError(f"the video tower has {decoders} temporal decoders for {layers} blocks; at most one each")
+        raise ValueError(f"the video tower has {decoders} temporal decoders for {layers} blocks; at most one each")
     return VideoClipSizes(**vars(plain), read_after=tuple(range(layers - decoders, layers)))

@@ -4,21 +4,10 @@ A head is one file in this folder: a subclass of :class:`modules.heads.base.Head
 Importing this package imports every file in it, so a new file needs no other change.
 """
 
-import importlib
-import pkgutil
+from __future__ import annotations
 
-from checkpoints.read import ClipSizes
-from modules.heads.base import HEADS, Head, HeadOptions, register
+from modules.heads.base import HEADS, INTERACTIONS, Head, register
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+HEADS.load(__name__, __path__)
 
-__all__ = ["HEADS", "Head", "build_head", "register"]
-
-
-def build_head(name: str, sizes: ClipSizes, options: HeadOptions) -> Head:
-    """The head of ``--sim_header name``; with ``--interaction ti`` or ``wti`` its frames meet the text tokens."""
-    from modules.heads.token_interaction import TokenInteraction
-
-    head = HEADS[name](sizes, options)
-    return head if options.interaction == "no" else TokenInteraction(head)
+__all__ = ["HEADS", "INTERACTIONS", "Head", "register"]

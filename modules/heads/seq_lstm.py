@@ -3,23 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-from checkpoints.read import ClipSizes
-from modules.heads.base import Head, HeadOptions, register
+from modules.heads.base import Head, register
 
 
 @register("seqLSTM")
 class SequentialLSTM(Head):
     checkpoint_prefixes = ("lstm_visual.", "frame_position_embeddings.")
 
-    def __init__(self, sizes: ClipSizes, options: HeadOptions) -> None:
-        super().__init__(sizes, options)
+    def build(self) -> None:
+        sizes = self.sizes
         self.lstm_visual = nn.LSTM(sizes.embed_dim, sizes.embed_dim, batch_first=True)
         # CLIP4Clip stores a position table with this head and never reads it: kept for its checkpoints, not trained.
         self.frame_position_embeddings = nn.Embedding(sizes.context_length, sizes.embed_dim)
         self.frame_position_embeddings.requires_grad_(False)
 
-    @classmethod
-    def init_from_clip(cls, clip: dict[str, Tensor], options: HeadOptions) -> dict[str, Tensor]:
+    def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         """The position table; the LSTM starts from torch's own random values."""
         return {"frame_position_embeddings.weight": clip["positional_embedding"]}
 

@@ -2,28 +2,27 @@
 
 from torch import Tensor, nn
 
-from checkpoints.read import ClipSizes
-from modules.encoders.clip import Transformer
-from modules.heads.base import Head, HeadOptions, first_text_layers, register
+from modules.heads.base import Head, LayerOptions, first_text_layers, register
+from modules.transformer import Transformer
 
 
 @register("seqTransf")
 class SequentialTransformer(Head):
+    Options = LayerOptions
     checkpoint_prefixes = ("transformerClip.", "frame_position_embeddings.")
 
-    def __init__(self, sizes: ClipSizes, options: HeadOptions) -> None:
-        super().__init__(sizes, options)
+    def build(self) -> None:
+        sizes = self.sizes
         self.frame_position_embeddings = nn.Embedding(sizes.context_length, sizes.embed_dim)
         # CLIP4Clip's heads use eps 1e-12 although their weights start from CLIP layers trained with 1e-5.
         self.transformerClip = Transformer(
-            sizes.embed_dim, options.num_layers, sizes.text_heads, activation="quick_gelu", eps=1e-12
+            sizes.embed_dim, self.options.cross_num_hidden_layers, sizes.text_heads, activation="quick_gelu", eps=1e-12
         )
 
-    @classmethod
-    def init_from_clip(cls, clip: dict[str, Tensor], options: HeadOptions) -> dict[str, Tensor]:
+    def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first layers of the text transformer and its position table."""
         table = {"frame_position_embeddings.weight": clip["positional_embedding"]}
-        return table | first_text_layers(clip, options.num_layers, "transformerClip.")
+        return table | first_text_layers(clip, self.options.cross_num_hidden_layers, "transformerClip.")
 
     def frames(self, features: Tensor, mask: Tensor) -> Tensor:
         frames = features.shape[1]

@@ -1,4 +1,4 @@
-"""CDCR, channel decorrelation regularisation (Disentangled Representation Learning, arXiv 2203.07111, section 3.3).
+"""cdcr: the contrastive loss and channel decorrelation (DRL, arXiv 2203.07111, section 3.3).
 
 Matching texts and videos should agree channel by channel: their cross-correlation matrix C [D, D] over a batch is
 pulled towards 1 on the diagonal and 0 elsewhere, ``alpha1 * sum_i (C_ii - 1)^2 + alpha2 * sum_{i != j} C_ij^2``.
@@ -6,10 +6,86 @@ pulled towards 1 on the diagonal and 0 elsewhere, ``alpha1 * sum_i (C_ii - 1)^2 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from modules.heads.base import Head
+from modules.losses.base import Loss, Pairs, register
+from modules.losses.contrastive import contrastive_loss
+from plugins import at_least, flag
+
 SMALLEST_STD = 1e-12  # a channel that is constant over the batch has no correlation; this keeps it from being NaN
+
+
+@dataclass(frozen=True)
+class CdcrOptions:
+    cdcr: int = flag(
+        0,
+        "channel decorrelation beside the contrastive loss: 0 none; with --interaction: 1 one random word and frame of "
+        "each pair, 2 all with their best matches, 3 the same, weighted; without, 1 to 3 are alike",
+        choices=(0, 1, 2, 3),
+        chooses=True,
+    )
+    cdcr_alpha1: float = flag(
+        0.16, "pull of the diagonal of the correlation matrix towards 1", must_be=at_least(0), tolerated=True
+    )
+    cdcr_alpha2: float = flag(
+        0.0, "pull of the rest of the matrix towards 0; 0.06 in the DRL paper", must_be=at_least(0), tolerated=True
+    )
+    cdcr_lambda: float = flag(0.001, "weight of the decorrelation in the loss", must_be=at_least(0), tolerated=True)
+
+
+@register("cdcr")
+class CDCR(Loss):
+    Options = CdcrOptions
+
+    @classmethod
+    def refuses(cls, options: Any, head: type[Head], interaction: str) -> str | None:
+        if not options.cdcr:
+            return "--loss cdcr needs --cdcr 1, 2 or 3"
+        if not head.separable:
+            return (
+                f"--cdcr {options.cdcr} works on features or tokens that --sim_header {head.name} does not compare; "
+                "use it with meanP, seqLSTM or seqTransf"
+            )
+        return None
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        options, loss = self.options, contrastive_loss(pairs.logits)
+        compared = self.compared(pairs)
+        if any(len(x) < 2 for x, _, _ in compared):  # a single row has no deviation
+            return loss
+        c = sum(cross_correlation(*rows) for rows in compared) / len(compared)
+        return loss + options.cdcr_lambda * decorrelation(c, options.cdcr_alpha1, options.cdcr_alpha2)
+
+    def compared(self, pairs: Pairs) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows [M, D] and [M, D] that should agree and their weights [M], None for all alike.
+
+        The features of the pairs; with token-wise heads, as ``--cdcr`` says, a token of each drawn at random, or every
+        token with its best frame and, apart from it, every frame with its best token.
+        """
+        text, video = pairs.text, pairs.video
+        if not pairs.head.takes_tokens:
+            return [(text, video, None)]
+        if self.options.cdcr == 1:
+            draws = torch.randint(2**31, (2, len(text[0])), generator=pairs.generator)
+            return [(chosen_token(text, draws[0]), chosen_token(video, draws[1]), None)]
+        best_frame, best_token = pairs.head.best_matches(text, video)
+        rows = torch.arange(len(best_frame), device=best_frame.device)[:, None]
+        return [
+            (own[mask], other[rows, best][mask], weights[mask] / len(own) if self.options.cdcr == 3 else None)
+            for (own, mask, weights), other, best in ((text, video[0], best_frame), (video, text[0], best_token))
+        ]
+
+
+def chosen_token(side: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> Tensor:
+    """[B, D]: of each item the real token with index ``number % real tokens``."""
+    tokens, mask, _ = side
+    index = numbers.to(tokens.device) % mask.sum(dim=1)
+    return tokens[torch.arange(len(tokens), device=tokens.device), index]
 
 
 def standardize(x: Tensor) -> Tensor:
@@ -17,51 +93,13 @@ def standardize(x: Tensor) -> Tensor:
     return (x - x.mean(dim=0)) / x.std(dim=0).clamp_min(SMALLEST_STD)
 
 
-def cross_correlation(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Rows [M, D] of both sides and their weights [M] -> C [D, D]."""
+def cross_correlation(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows [M, D] of both sides and their weights [M], by default 1 / M -> C [D, D]."""
+    weights = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
     return (standardize(x) * weights[:, None]).t() @ standardize(y)
 
 
 def decorrelation(c: Tensor, alpha1: float, alpha2: float) -> Tensor:
     """The loss of a cross-correlation matrix [D, D]."""
-    diagonal = c.diagonal()
-    on = (diagonal - 1).square().sum()
-    off = c.square().sum() - diagonal.square().sum()
+    on, off = (c.diagonal() - 1).square().sum(), c.square().sum() - c.diagonal().square().sum()
     return alpha1 * on + alpha2 * off
-
-
-def batch_cdcr(text: Tensor, video: Tensor, alpha1: float, alpha2: float) -> Tensor:
-    """One feature per item: [B, D] and [B, D] -> scalar. Zero for a single pair, which has no deviation."""
-    if len(text) < 2:
-        return text.new_zeros(())
-    weights = text.new_full((len(text),), 1 / len(text))
-    return decorrelation(cross_correlation(text, video, weights), alpha1, alpha2)
-
-
-def token_cdcr(
-    text: tuple[Tensor, Tensor, Tensor],
-    video: tuple[Tensor, Tensor, Tensor],
-    best_frame: Tensor,
-    best_token: Tensor,
-    weighted: bool,
-    alpha1: float,
-    alpha2: float,
-) -> Tensor:
-    """Every token against its best frame and every frame against its best token, within matching pairs.
-
-    text, video: tokens [B, L, D] and [B, T, D], their bool masks and weights. best_frame [B, L], best_token [B, T]:
-    indices. `weighted` counts tokens by their weights (sum 1 per item), else all tokens of the batch alike.
-    """
-    (tokens, token_mask, token_weights), (frames, frame_mask, frame_weights) = text, video
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    c = 0.0
-    for own, mask, weights, matched in (
-        (tokens, token_mask, token_weights, frames[rows, best_frame]),
-        (frames, frame_mask, frame_weights, tokens[rows, best_token]),
-    ):
-        kept = own[mask]
-        if len(kept) < 2:
-            return tokens.new_zeros(())
-        share = weights[mask] / len(tokens) if weighted else kept.new_full((len(kept),), 1 / len(kept))
-        c = c + cross_correlation(kept, matched[mask], share) / 2
-    return decorrelation(c, alpha1, alpha2)

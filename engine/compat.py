@@ -1,0 +1,69 @@
+"""``--compat``: a row for each source project, a field for each way in which it differs from what is right.
+
+Published numbers depend on these differences, so that a run that is to repeat them must have them. Nothing else in the
+code looks at the name of a project. Where something is missing here, the project is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modules.conventions import Conventions
+
+
+@dataclass(frozen=True)
+class Compat:
+    """Defaults are what is right.
+
+    defaults: values of flags that were not given.
+    conventions: of encoders and heads, see modules/conventions.py.
+    scales_cosines, scales_tokens: evaluation multiplies cosines (of --interaction ti and wti: token-wise ones) by the
+    logit scale, as the loss does; ranks are the same without, but DSL shows it.
+    same_dsl_axis: on sets with several captions a video, DSL normalises over the captions in both directions.
+    decays_all: weight decay acts on all but biases, so on LayerNorms, embeddings and the logit scale as well.
+    new_parts_at_lr: temporal parts of an encoder that no file of weights holds learn at --lr. The sources train all
+    that is named ``clip.`` at the small rate of pre-trained weights, at which what starts from nothing stays there.
+    """
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    conventions: Conventions = Conventions()
+    scales_cosines: bool = True
+    scales_tokens: bool = True
+    same_dsl_axis: bool = False
+    decays_all: bool = False
+    new_parts_at_lr: bool = True
+
+
+# DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
+SOURCE_DEFAULTS = {"didemo_clip_seconds": 31.0}
+
+COMPAT = {
+    "none": Compat(),
+    "clip4clip": Compat(
+        # Its OpenCV reader takes frames by whole seconds on every dataset.
+        defaults=SOURCE_DEFAULTS | {"frame_rule": "second"},
+        decays_all=True,
+        new_parts_at_lr=False,
+    ),
+    "internvideo": Compat(
+        defaults=SOURCE_DEFAULTS,
+        # It leaves frames as they are before their mean, lets padding win a maximum with its score of 0, and its video
+        # tower reads padding like frames.
+        conventions=Conventions(normalize_frames=False, mask_padding=False, read_padding=True),
+        scales_tokens=False,
+        same_dsl_axis=True,
+        decays_all=True,
+        new_parts_at_lr=False,
+    ),
+    "drl": Compat(
+        defaults=SOURCE_DEFAULTS,
+        # Padding as in InternVideo, whose token-wise code is DRL's; its cross encoder (xti) has 8 attention heads,
+        # whatever its width.
+        conventions=Conventions(mask_padding=False, cross_heads=8),
+        scales_cosines=False,
+        scales_tokens=False,
+        decays_all=True,
+        new_parts_at_lr=False,
+    ),
+}

@@ -1,0 +1,178 @@
+"""What every encoder offers, and the registry of encoders by ``--encoder`` name.
+
+Letters: N captions, V videos, L tokens, T frames, D embedding width, S image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.conventions import RIGHT, Conventions
+from plugins import NoOptions, Registry
+
+ENCODERS: Registry[type[Encoder]] = Registry("encoder", "encoder")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The pictures that an image tower was trained on, and how a frame became one."""
+
+    size: int  # side in pixels
+    mean: tuple[float, float, float] = CLIP_MEAN  # of values in 0..1
+    std: tuple[float, float, float] = CLIP_STD
+    resize_mode: str = "shortest"  # the short side to `size`, then the centre square
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What heads are built from."""
+
+    embed_dim: int  # D, of frames and pooled texts
+    context_length: int  # most tokens of a caption
+    text_heads: int  # attention heads of the text tower
+    token_width: int  # width of the tokens that encode_text gives
+
+
+class Encoder(nn.Module):
+    """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
+
+    A model keeps its encoder as ``clip``, so parameters stand in checkpoints as ``clip.`` + their names here, which
+    should be OpenAI's where the parameter is CLIP's.
+    """
+
+    Options: type = NoOptions
+    image: ImageInput  # set before __init__ of this class is called
+    title = "encoder"  # in messages
+    chosen_by: str  # the flag that chooses it; by default ``--encoder name``
+    name = ""  # under which it is registered
+    spec_options: tuple[str, ...] = ()  # the options that decide what is built
+    # How names of parameters begin that only this encoder has: a file with such names is one of this encoder's, and a
+    # file with none starts them at `start_values`, else as a new model has them.
+    own_parts: tuple[str, ...] = ()
+    # Name in CLIP -> the name that this encoder has for the same tensor; --mergeclip leaves these as they are.
+    renamed: Mapping[str, str] = {}
+
+    def __init__(self, sizes: Any, activation: str, options: Any, conventions: Conventions = RIGHT) -> None:
+        super().__init__()
+        self.sizes, self.activation, self.options, self.conventions = sizes, activation, options, conventions
+        image = self.image
+        # Buffers, so that normalising copies nothing to the device; not stored, as no file has them.
+        self.register_buffer("image_std", 255 * torch.tensor(image.std).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "image_shift", (torch.tensor(image.mean) / torch.tensor(image.std)).view(3, 1, 1), persistent=False
+        )
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> Any:
+        """From `tensors` of :meth:`adapted`. Raises ValueError for shapes and parts that it has not with `options`."""
+        raise NotImplementedError
+
+    @classmethod
+    def adapted(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a plain CLIP or of this encoder under this encoder's names and in its shapes.
+
+        Parameters that never train and that files may lack are filled in.
+        """
+        return {cls.renamed.get(name, name): value for name, value in tensors.items()}
+
+    @classmethod
+    def own_weights(cls, options: Any) -> tuple[str, Any] | None:
+        """(flag, path) of weights of this encoder's own that a run starts from, in place of --pretrained_clip_name."""
+        return None
+
+    @classmethod
+    def merge_weight(cls, options: Any) -> float | None:
+        """The share of the CLIP of --pretrained_clip_name in an average with :meth:`own_weights`; None: no average."""
+        return None
+
+    @property
+    def tower(self) -> str:
+        """What results call this encoder, such as ``CLIP ViT-B/32``."""
+        return self.title
+
+    @property
+    def tokenizer(self) -> Any:
+        """Picklable: (captions, max_words) -> ids int64 [N, max_words], mask bool [N, max_words]."""
+        raise NotImplementedError
+
+    @property
+    def head_sizes(self) -> Sizes:
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All it takes to build this encoder without weights, JSON-ready; see :func:`modules.encoders.from_spec`."""
+        return {
+            "name": self.name,
+            "sizes": asdict(self.sizes),
+            "activation": self.activation,
+            "options": {name: getattr(self.options, name) for name in self.spec_options},
+        }
+
+    def start_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Start of own parts that follows from `tensors` without them; what is left out starts as built."""
+        return {}
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3, S, S] in 0..255 -> float32 less the mean, by the deviation; float input is taken as done."""
+        if images.is_floating_point():
+            return images
+        # One conversion and two in-place passes: a naive (x / 255 - mean) / std would cost four copies of the clip.
+        return images.float().mul_(1 / self.image_std).sub_(self.image_shift)
+
+    def check_frames(self, frames: Tensor, frame_mask: Tensor) -> None:
+        """Raises ValueError unless frames [V, T, 3, S, S] have the side of this encoder and every clip one frame."""
+        side = self.image.size
+        if frames.shape[-2:] != (side, side):
+            raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(frames.shape[-2:])}")
+        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
+
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """token_ids int64 [N, L], mask bool [N, L] -> pooled [N, D] and tokens [N, L, token_width], not unit length."""
+        raise NotImplementedError
+
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """frames uint8 or float [V, T, 3, S, S], mask bool [V, T] -> frames [V, T', D] and the whole clips [V, D].
+
+        Not unit length; zeros at padding. An encoder without a feature of the whole clip gives None for it. T' may
+        exceed T where ``conventions.read_padding`` adds frames.
+        """
+        raise NotImplementedError
+
+    def depth(self, name: str) -> int | None:
+        """0 for what comes before the first block, n for the n-th block (from 1) of its tower, None for the rest.
+
+        ``--freeze_layer_num n`` freezes parameters with a depth of at most n.
+        """
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the deepest tower."""
+        raise NotImplementedError
+
+    def without_gradient(self, reads_tokens: bool, reads_whole: bool) -> tuple[str, ...]:
+        """How names of parameters begin that get no gradient when a head reads tokens (else the pooled text) and the
+        whole clip (else its frames)."""
+        return ()
+
+
+def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
+    """Class decorator: make an encoder available as ``--encoder name``."""
+
+    def add(encoder: type[Encoder]) -> type[Encoder]:
+        if "chosen_by" not in vars(encoder):
+            encoder.chosen_by = f"--encoder {name}"
+        return ENCODERS.register(name)(encoder)
+
+    return add

@@ -1,1 +1,0 @@
-"""Made-up video-text datasets in the layouts of the six real ones; see `preprocess/make_sample_data.py`."""

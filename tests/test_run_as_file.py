@@ -1,0 +1,59 @@
+"""Every command runs both as ``python -m package.name`` and as a file, the latter from any directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from video_files import make_video
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    path.relative_to(ROOT)
+    for folder in ("preprocess", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text() or path.name == "__main__.py"
+]
+ENTRY = Path("inference.py")  # it imports main_task_retrieval.py, which the scripts run from elsewhere
+
+
+def run(*command: object, cwd: Path, **variables: object) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, timeout=120
+    )
+
+
+def test_the_commands_are_found():
+    assert {"check_dataset", "compress_video", "demo", "rerun", "results"} <= {path.stem for path in COMMANDS}
+
+
+@pytest.mark.parametrize("path", [*COMMANDS, ENTRY], ids=str)
+def test_help_is_the_same_both_ways(path, tmp_path):
+    file = Path(os.path.relpath(ROOT, tmp_path), path)
+    as_file = run(file.parent if path.name == "__main__.py" else file, "--help", cwd=tmp_path)
+    assert as_file.returncode == 0, as_file.stderr
+    assert as_file.stdout
+    if path != ENTRY:
+        as_module = run("-m", ".".join(path.with_suffix("").parts).removesuffix(".__main__"), "--help", cwd=ROOT)
+        assert (as_module.returncode, as_module.stderr) == (0, "")
+        assert as_module.stdout == as_file.stdout
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_find_their_modules_from_elsewhere(method, tmp_path):
+    """Spawned workers import everything anew; forkserver, the default from Python 3.14 on, does the same."""
+    chosen = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\n"
+    (tmp_path / "sitecustomize.py").write_text(chosen)  # Python runs it as it starts
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        make_video(tmp_path / "in" / f"{name}.mp4", 30)
+    file = ROOT / "preprocess" / "compress_video.py"
+    flags = ["--input_root", "in", "--output_root", "out", "--num_workers", "2"]
+    done = run(file, *flags, cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "3 converted, 0 were there already, 0 failed; 0 other files left alone\n"

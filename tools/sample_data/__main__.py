@@ -1,0 +1,162 @@
+"""Make small video-text datasets in the layouts of the real ones, and a tiny CLIP checkpoint to train on them.
+
+    python -m tools.sample_data --output_dir data/sample --datatype msrvtt --seed 0
+
+Clips show coloured shapes that stand, move, change or take turns; every test caption is true of one clip of its gallery
+only. Writes <output_dir>/<datatype>/ and <output_dir>/clip/tiny_clip.pt. Same options, same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+if __package__ in (None, ""):  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from checkpoints.whole import write_whole
+from preprocess.parallel import run_parallel
+from tools.sample_data.layouts import LAYOUTS, dataset_files
+from tools.sample_data.plan import SPLITS, Clip, Planner
+from tools.sample_data.render import write_video
+
+CLIP_SIZES = {"resolution": 64, "patch": 16, "embed_dim": 128}
+CLIP_SIZES |= {"vision_width": 128, "vision_layers": 4, "text_width": 128, "text_layers": 3}
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command; exits with a message naming flag and value where one is impossible."""
+    parser = argparse.ArgumentParser("tools.sample_data", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add("--output_dir", required=True, type=Path, help="gets one folder a dataset, and clip/")
+    add("--datatype", required=True, choices=[*LAYOUTS, "all"], help="dataset layout to write")
+    add("--seed", type=int, default=0, help="everything follows from it")
+    for n, split in enumerate(SPLITS):
+        defaults = ", ".join(f"{name} {recipe.counts[n]}" for name, (recipe, _) in LAYOUTS.items())
+        add(f"--n_{split}", type=int, default=argparse.SUPPRESS, help=f"{split} clips (default: {defaults})")
+    order = "msrvtt: add so many pairs of test clips that differ in frame order only, and as many a clip to train"
+    add("--order_pairs", type=int, default=0, help=order)
+    plain = "plain: one a clip (paragraphs stay whole), with every fact in one fixed wording"
+    add("--captions", choices=("varied", "plain"), default="varied", help=plain)
+    add("--resolution", type=int, default=96, help="short side of the smallest clips, pixels")
+    add("--min_seconds", type=float, default=2.0, help="shortest clip, seconds (didemo: always 5 a moment)")
+    add("--max_seconds", type=float, default=5.0, help="longest clip, seconds")
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    add("--force", action="store_true", help="make it anew, over whatever its folder holds")
+    for name, value in CLIP_SIZES.items():
+        add(f"--clip_{name}", type=int, default=value, help="tiny checkpoint: " + name.replace("_", " "))
+    args = parser.parse_args(argv)
+    if problem := _find_problem(args):
+        parser.error(problem)
+    return args
+
+
+def _find_problem(args: argparse.Namespace) -> str | None:
+    lowest = {"seed": 0, "n_train": 1, "n_val": 0, "n_test": 1, "order_pairs": 0, "num_workers": 0}
+    for flag, low in (lowest | {f"clip_{name}": 1 for name in CLIP_SIZES}).items():
+        value = getattr(args, flag, low)
+        if value < low:
+            return f"--{flag} must be >= {low}, got {value}"
+    if not 32 <= args.resolution <= 2160:
+        return f"--resolution must be 32 to 2160 pixels, got {args.resolution}"
+    if not 0.5 <= args.min_seconds < math.inf:
+        return f"--min_seconds must be >= 0.5, got {args.min_seconds}"
+    if not args.min_seconds <= args.max_seconds < math.inf:
+        return f"--max_seconds must be >= --min_seconds {args.min_seconds}, got {args.max_seconds}"
+    if args.order_pairs and args.datatype not in ("msrvtt", "all"):
+        return f"--order_pairs {args.order_pairs}: only msrvtt has them, got --datatype {args.datatype}"
+    if args.datatype != "all" and hasattr(args, "n_val"):
+        has_val = LAYOUTS[args.datatype][0].counts[1] > 0
+        if args.n_val and not has_val:
+            return f"--n_val {args.n_val}: {args.datatype} has no validation split"
+        if has_val and not args.n_val:
+            return f"--n_val must be >= 1 for {args.datatype}, got 0"
+    for flag in ("clip_vision_width", "clip_text_width"):
+        if getattr(args, flag) % 64:
+            return f"--{flag} must be a multiple of the head width 64, got {getattr(args, flag)}"
+    if args.clip_resolution % args.clip_patch:
+        return f"--clip_resolution must be a multiple of --clip_patch {args.clip_patch}, got {args.clip_resolution}"
+    return None
+
+
+def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], force: bool, workers: int) -> None:
+    """Write files as they are and clips rendered, by path; does nothing where the same are there already.
+
+    sample.json has a hash of what was planned, and lists the files once all are written, so that an interrupted run
+    is told from a whole one and made again. Raises FileExistsError over somebody else's files, OSError.
+    """
+    plan = hashlib.sha256(b"".join(files.values()) + repr((list(files), clips)).encode()).hexdigest()
+    record_file = folder / "sample.json"
+    try:
+        record = json.loads(record_file.read_text())
+    except (OSError, ValueError):
+        record = None
+    if not (isinstance(record, dict) and isinstance(record.get("files"), list)):
+        record = {}  # none, or not one of ours
+    if not force and record.get("files") != [] and folder.exists() and any(folder.iterdir()):
+        if record.get("plan") == plan and all((folder / path).is_file() for path in record["files"]):
+            print(f"{folder} is up to date")
+            return
+        what = "a sample made with other parameters" if record else "files that this command did not make"
+        raise FileExistsError(f"{folder} holds {what}: choose another --output_dir or pass --force to write over it")
+    folder.mkdir(parents=True, exist_ok=True)
+    record_file.write_text(json.dumps({"plan": plan, "files": []}))
+    for entry in {path.split("/")[0] for path in (*files, *clips, "order_pairs.json")}:
+        if (folder / entry).is_dir():
+            shutil.rmtree(folder / entry)
+        else:
+            (folder / entry).unlink(missing_ok=True)
+    for path, content in files.items():
+        (folder / path).write_bytes(content)
+    tasks = [(folder / path, clip) for path, clip in clips.items()]
+    for _, error in run_parallel(write_video, tasks, workers, folder.name, lambda task: f"{task[0]}: process killed"):
+        if error:
+            raise OSError(error)
+    record = json.dumps({"plan": plan, "files": [*files, *clips]}, indent=1)
+    write_whole(record_file, lambda file: file.write(record.encode()))
+    print(f"{folder}: {len(files)} files and {len(clips)} clips written")
+
+
+def plan_dataset(args: argparse.Namespace, datatype: str) -> tuple[dict[str, bytes], dict[str, Clip]]:
+    """Files of a dataset and clips to render. Raises ValueError where there are not enough distinct clips."""
+    recipe, _ = LAYOUTS[datatype]
+    counts = {split: getattr(args, f"n_{split}", n) if n else 0 for split, n in zip(SPLITS, recipe.counts)}
+    pairs = args.order_pairs if datatype == "msrvtt" else 0
+    # Each dataset has a stream of its own, so that --datatype all writes what single runs write.
+    rng = Random(f"{datatype} {args.seed}")
+    planner = Planner(recipe, args.resolution, (args.min_seconds, args.max_seconds), args.captions == "plain", rng)
+    return dataset_files(datatype, planner.splits(counts, pairs), counts, rng)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv)
+    # torch takes seconds to import, which the rendering processes would spend too.
+    from tools.sample_data.tiny_clip import tiny_clip
+
+    try:
+        clip = tiny_clip({name: getattr(args, f"clip_{name}") for name in CLIP_SIZES}, args.seed)
+        make_folder(args.output_dir / "clip", {"tiny_clip.pt": clip}, {}, args.force, args.num_workers)
+        for datatype in LAYOUTS if args.datatype == "all" else [args.datatype]:
+            files, clips = plan_dataset(args, datatype)
+            make_folder(args.output_dir / datatype, files, clips, args.force, args.num_workers)
+    except (FileExistsError, ValueError) as error:
+        print(f"tools.sample_data: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        print(f"tools.sample_data: cannot write below --output_dir {args.output_dir}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
