@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What each part may import of the others. Imports point down: what plug-ins have in common, three wings that know
 # nothing of each other, the engine that joins them, and what stands on top, which nothing imports.
-WINGS = {"dataloaders", "modules", "checkpoints"}
+WINGS = ("dataloaders", "modules", "checkpoints")
 MAY_IMPORT = {
     "plugins": set(),
     **{wing: {"plugins"} for wing in WINGS},
