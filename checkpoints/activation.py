@@ -46,12 +46,13 @@ def find_activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict
         # CLIP4Clip saves plain state dicts; in a wrapper it is some other program's file, from weights unknown.
         if named.naming == "openai" and any(str(key).startswith(CLIP_PREFIX) for key in raw.content):
             return "quick_gelu", "a CLIP4Clip model without a sidecar: CLIP4Clip starts from OpenAI's weights only"
-    elif raw.container != "torchscript":
-        is_theirs = named.naming == "hugging_face"
-        beside = path.with_name("config.json" if is_theirs else "open_clip_config.json")
-        config = read_json(beside)
+    elif named.naming == "hugging_face" or raw.container != "torchscript":
+        name, read = "open_clip_config.json", _from_open_clip
+        if named.naming == "hugging_face":
+            name, read = "config.json", _from_hugging_face
+        config = read_json(path.with_name(name))
         if config is not None:
-            return (_from_hugging_face if is_theirs else _from_open_clip)(config, beside)
+            return read(config, path.with_name(name))
     return None, "nothing in the file or beside it tells"
 
 

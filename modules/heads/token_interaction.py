@@ -20,12 +20,8 @@ WEIGHTS = ("text_weight_fc.", "video_weight_fc.")
 
 def weight_layers(width: int, depth: int) -> nn.Module:
     """``--wti_arch``: 1 linear layer, or 2 or 3 with ReLU between, from a token to its weight before the softmax."""
-    if depth == 1:
-        return nn.Linear(width, 1)
-    layers: list[nn.Module] = []
-    for _ in range(depth - 1):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 1))
+    hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 1)) if hidden else nn.Linear(width, 1)
 
 
 @INTERACTIONS.register("ti")
@@ -51,8 +47,7 @@ class TokenInteraction(Head):
             )
 
     def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The temporal part's; the token weights start at random."""
-        return self.temporal.init_from_clip(clip)
+        return self.temporal.init_from_clip(clip)  # the token weights start at random
 
     def scores(self, tokens: Tensor, side: str) -> Tensor:
         """tokens [N, L, D] -> their weights before the softmax [N, L]; all alike. `side`: "text" or "video"."""
