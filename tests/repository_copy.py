@@ -26,6 +26,6 @@ def run_in(folder: Path, *command: str, **variables: str) -> str:
     """Run a command in the copy with one thread; returns what it printed, and fails with that unless it succeeds."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k != "PYTHON"}
     environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)} | variables
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
