@@ -38,7 +38,7 @@ def write_json(path: Path, content: Any) -> None:
 def versions() -> dict[str, str]:
     """Of Python and of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "av", "opencv-python-headless", "ftfy", "regex"):
+    for package in ("torch", "numpy", "av", "opencv-python-headless", "ftfy", "regex"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

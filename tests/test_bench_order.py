@@ -67,18 +67,26 @@ def bench_order(flags: str, folder: Path) -> subprocess.CompletedProcess:
 SHORT = "--epochs 1 --clip_epochs 1 --n_train 2 --n_test 1"
 
 
-def test_short_run_prints_the_table(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """Every kind of head: with a position table, without, and the tower with temporal parts of its own."""
-    done = bench_order(f"--heads meanP seqTransf clip_evl {SHORT} --order_pairs 3 --batch_pairs 4", tmp_path)
+    folder = tmp_path_factory.mktemp("order")
+    heads = "--heads meanP seqTransf clip_evl"
+    return folder, bench_order(f"{heads} {SHORT} --order_pairs 3 --batch_pairs 4 --seed 0", folder)
+
+
+def test_short_run_prints_the_table(finished):
+    _, done = finished
     assert done.returncode == 0, done.stderr
     tables = done.stdout.split("| head |")[1:]  # one as soon as a head is done
     rows = [line.split("|")[1].strip() for line in tables[-1].splitlines() if line.startswith("|")]
     assert (len(tables), rows) == (3, ["---", "meanP", "seqTransf", "clip_evl"])
 
 
-def test_clips_of_other_options_are_kept_until_force_is_given(tmp_path):
-    for more, status in ("--seed 0", 0), ("--seed 1", 1), ("--seed 1 --force", 0):
-        done = bench_order(f"--heads meanP {SHORT} --order_pairs 1 {more}", tmp_path)
+def test_clips_of_other_options_are_kept_until_force_is_given(finished):
+    folder, _ = finished
+    for more, status in ("--seed 1", 1), ("--seed 1 --force", 0):
+        done = bench_order(f"--heads meanP {SHORT} --order_pairs 1 {more}", folder)
         assert done.returncode == status, done.stderr
         assert ("pass --force to write over it" in done.stderr) == bool(status)
 

@@ -122,15 +122,21 @@ def test_what_cannot_be_converted_is_copied_and_listed(root, capsys):
     assert whole.is_file()
 
 
-def test_workers_give_the_same_files(root):
+def test_workers_give_the_same_frames(root):
+    """Not the same bytes: x264's first encoding in a process comes out a few bytes different."""
+
+    def shown() -> dict[str, list[int]]:
+        return {path.name: [number_of(i) for i in frames_of(path)[0]] for path in (root / "out").glob("*.mp4")}
+
     for n in range(3):
         make_video(root / "in" / f"{n}.mp4", 30 + 15 * n)
     assert compress(root, "--num_workers", "2") == 0
-    parallel = {path.name: path.read_bytes() for path in (root / "out").glob("*.mp4")}
+    parallel = shown()
+    assert [len(numbers) for _, numbers in sorted(parallel.items())] == [3, 5, 6]
     for name in parallel:
         (root / "out" / name).unlink()
     assert compress(root) == 0
-    assert parallel == {path.name: path.read_bytes() for path in (root / "out").glob("*.mp4")}
+    assert shown() == parallel
 
 
 def test_two_inputs_for_one_output_are_refused(root, capsys):
@@ -211,7 +217,7 @@ DAMAGED = {
     "cut90_mpeg4.avi": (MPEG4, 0.9),
     "cut70_h264.avi": ({}, 0.7),
     "cut90_h264.avi": ({"b_frames": 0}, 0.9),
-    "cut90.mpg": ({"codec": "mpeg2video"}, 0.9),
+    "cut80.mpg": ({"codec": "mpeg2video"}, 0.8),
     "cut95.mkv": ({}, 0.95),
     "cut95.webm": ({"codec": "libvpx-vp9"}, 0.95),
     "cut95.wmv": ({"codec": "wmv2"}, 0.95),
@@ -271,7 +277,9 @@ def test_workers_end_when_the_command_is_killed(root):
     command += ["--output_root", str(root / "out"), "--num_workers", "3"]
     running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True)
     try:
-        assert wait_for(lambda: len(processes_of(running.pid)) >= 4 and list((root / "out").glob("*.mp4")), 60)
+        assert wait_for(lambda: list((root / "out").glob("*.mp4")), 120)
+        assert running.poll() is None
+        assert len(processes_of(running.pid)) == 4
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()

@@ -130,7 +130,7 @@ def test_a_frame_rule_may_draw_in_training_and_not_in_evaluation(splits, monkeyp
         def choose(self, fps, frame_count, start, end, generator):
             return [0 if generator is None else 1 + int(generator.integers(frame_count - 1))]
 
-    monkeypatch.setitem(RULES._found, "drawn", Drawn)
+    monkeypatch.setitem(RULES, "drawn", Drawn)
     source = VideoSource(FrameSampling("drawn"), 32)
     pairs, videos = PairDataset(splits["train"], source, expand=True), VideoDataset(splits["train"], source)
     first = FrameTransform(32)(decode_frames(splits["train"].videos[0].path, [0]))

@@ -3,7 +3,6 @@
 from functools import partial
 from types import SimpleNamespace
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -31,22 +30,28 @@ def with_others(share: list[torch.Tensor]) -> dict:
     return dict(zip(vars(batch), shares.pad(batch))) | {"gather": partial(gather_rows, counts=shares.counts)}
 
 
-def one_rank(rank: int, stem: str, store: str, uneven: bool, results) -> None:
+def one_rank(rank: int, store: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    vector = load(stem)
-    model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
-    batch = video_inputs(inputs(vector))
-    cut = 1 if uneven else len(batch[0]) // 2
-    share = [x[:cut] if rank == 0 else x[cut:] for x in batch]
-    wrapped = DistributedDataParallel(model)  # kept alive: its hooks average the gradients during backward
-    loss = wrapped(**with_others(share))
-    loss.backward()
-    results[rank] = (loss.item(), {k: g.numpy() for k, g in gradients(model).items()})
+    for stem in VECTORS:
+        vector = load(stem)
+        model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
+        wrapped = DistributedDataParallel(model)  # kept alive: its hooks average the gradients during backward
+        batch = video_inputs(inputs(vector))
+        for cut in (len(batch[0]) // 2, 1):  # even shares and uneven ones
+            model.zero_grad()
+            loss = wrapped(**with_others([x[:cut] if rank == 0 else x[cut:] for x in batch]))
+            loss.backward()
+            results[rank, stem, cut] = (loss.item(), {k: g.numpy().copy() for k, g in gradients(model).items()})
     dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
     """Even and uneven shares; the reference's single-process numbers are in the vector."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(one_rank, (str(tmp_path / "store"), results), nprocs=2)
+        found = dict(results)
+    assert len(found) == 2 * 2 * len(VECTORS)
     for stem in VECTORS:
         vector = load(stem)
         model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
@@ -55,15 +60,11 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
         want = gradients(model)
         norms = [want[name].norm().item() for name in vector.data["grad_norm_params"]]
         vector.check({"loss_single_process": loss.detach()[None], "grad_norms_single_process": norms})
-        for uneven in (False, True):
-            with mp.Manager() as manager:
-                results = manager.dict()
-                mp.spawn(one_rank, (stem, str(tmp_path / f"{stem}{uneven}"), uneven, results), nprocs=2)
-                for rank_loss, got in results.values():
-                    assert abs(rank_loss - loss.item()) < 1e-5
-                    assert got.keys() == want.keys()
-                    for name, gradient in want.items():
-                        torch.testing.assert_close(torch.from_numpy(got[name]), gradient, rtol=1e-4, atol=2e-6)
+        for rank_loss, got in (result for (_, of, _), result in found.items() if of == stem):
+            assert abs(rank_loss - loss.item()) < 1e-5
+            assert got.keys() == want.keys()
+            for name, gradient in want.items():
+                torch.testing.assert_close(torch.from_numpy(got[name]), gradient, rtol=1e-4, atol=2e-6)
 
 
 def test_gathering_is_the_identity_alone():
@@ -121,32 +122,39 @@ def share_of_a_tiny_batch(rows: slice) -> tuple[torch.Tensor, ...]:
     return ids[:, :n], token_mask[:, :n], frames[:, :t], frame_mask[:, :t]
 
 
-def one_tiny_rank(rank: int, case: tuple, store: str, results) -> None:
+def tiny(case: tuple[str, str, str]) -> torch.nn.Module:
+    return tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
+
+
+def one_tiny_rank(rank: int, store: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
-    wrapped = DistributedDataParallel(model)
-    share = share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank])
-    loss = wrapped(**with_others(share), generator=torch.Generator().manual_seed(3))
-    loss.backward()
+    for case in PAIRWISE:
+        model = tiny(case)
+        wrapped = DistributedDataParallel(model)
+        share = share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank])
+        loss = wrapped(**with_others(share), generator=torch.Generator().manual_seed(3))
+        loss.backward()
+        results[rank, case] = (loss.item(), {k: g.numpy().copy() for k, g in gradients(model).items()})
     some = (torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None
     none = gather_rows(same_sizes(some, torch.device("cpu")), [0, 2])
     assert [tuple(part.shape) for part in none] == [(2, 3), (2,)]
     assert none[1].dtype == torch.bool
-    results[rank] = (loss.item(), {k: g.numpy() for k, g in gradients(model).items()})
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids="-".join)
-def test_tuples_of_different_lengths_gather_exactly(case, tmp_path):
+def test_tuples_of_different_lengths_gather_exactly(tmp_path):
     """Uneven shares, captions and clips of other lengths on each rank, random tokens: still the loss of one process."""
-    model = tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
-    loss = model(*batch(), generator=torch.Generator().manual_seed(3))
-    loss.backward()
-    want = gradients(model)
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(one_tiny_rank, (case, str(tmp_path / "store"), results), nprocs=2)
-        for rank_loss, got in results.values():
+        mp.spawn(one_tiny_rank, (str(tmp_path / "store"), results), nprocs=2)
+        found = dict(results)
+    for case in PAIRWISE:
+        model = tiny(case)
+        loss = model(*batch(), generator=torch.Generator().manual_seed(3))
+        loss.backward()
+        want = gradients(model)
+        for rank in range(2):
+            rank_loss, got = found[rank, case]
             assert abs(rank_loss - loss.item()) < 1e-5
             assert got.keys() == want.keys()
             for name, gradient in want.items():

@@ -57,13 +57,16 @@ def make_video(
     `pts_of` maps a frame number to a time in milliseconds (variable rate). `time_base`: what the encoder counts in, if
     not frames. `colour`: code points of matrix, transfer curve and primaries to write into the stream.
     """
-    with av.open(str(path), "w", format=container_format, options=format_options or {}) as container:
+    exact = {"fflags": "+bitexact"} | (format_options or {})  # no random ids: damage done to a file stays the same
+    with av.open(str(path), "w", format=container_format, options=exact) as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.gop_size = gop
         context = stream.codec_context
-        context.options = codec_options or {}
+        # Without its assembler code, whose first encoding in a process comes out a few bytes different.
+        context.options = ({"x264-params": "asm=0"} if codec == "libx264" else {}) | (codec_options or {})
+        context.thread_count = 1
         if b_frames is not None:
             context.max_b_frames = b_frames
         if pts_of is not None:
