@@ -126,11 +126,11 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
     loaders = Loaders(options, world, tokenize, model.clip.image.size)
-    selected_on, source = weights.sidecar.get("selected_on"), weights.path
+    source = weights
     if data.train is not None:
         fine_tune(model, loaders, data, resumed, last, stop)
-        selected_on, source = options.train.select_on, folder / SELECTED
-        load_weights(model, Weights("", source).read().tensors, str(source))
+        source = Weights("", folder / SELECTED)
+        load_weights(model, source.read().tensors, str(source.path))
     evaluation = evaluate(model, data.scored, loaders, bank)
     scored = evaluation.split
     log.info(
@@ -138,9 +138,9 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         f"{evaluation.seconds:.1f} s\n{format_metrics(evaluation.metrics)}"
     )
     if world.is_main:
-        found = results(evaluation, options, model, source, selected_on)
+        found = results(evaluation, options, model, source.path, source.sidecar)
         found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
-        read = dict.fromkeys([*weights.files(), source])
+        read = dict.fromkeys([*weights.files(), source.path])
         found |= provenance(argv, options, read, world, time.perf_counter() - began)
         write_results(found, evaluation, options)
         log.info("%s", beside_published(folder))

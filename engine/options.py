@@ -170,7 +170,11 @@ class RunOptions:
     )
     device: str = flag("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto", "auto: bf16 on CUDA cards that have it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
+        "CLIP4Clip has them; auto: half with --compat clip4clip, and internvideo but for its video tower (fp32), else "
+        "bf16 on CUDA cards that have it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
     fp16: bool = flag(False, "same as --precision fp16")
     seed: int = flag(42, "seed of everything random", must_be=("in 0..2147483647", lambda v: 0 <= v < 2**31))
@@ -286,6 +290,8 @@ def resolve(given: Mapping[str, Any]) -> Options:
     for registry in REGISTRIES:
         values[registry.flag] = choose(registry, values, named)
         without_effect += unused_flags(registry, values, named)
+    if values["precision"] == "auto":
+        values["precision"] = COMPAT[values["compat"]].precision.get(values["encoder"], "auto")
     dataset = DATASETS[values["datatype"]]
     if values["select_on"] == "auto":
         values["select_on"] = "val" if "val" in dataset.splits else "test"
@@ -358,6 +364,8 @@ def check_model(options: Options) -> None:
     if problem:
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]
+    if options.run.precision == "half" and not encoder.has_half:
+        raise ValueError(f"--precision half is for a plain CLIP, as in CLIP4Clip; {encoder.title} is trained in fp32")
     merging = encoder.merge_weight(options.own["encoder"]) is not None
     if merging and not (encoder.own_weights(options.own["encoder"]) or model.finetuned_path or model.init_model):
         raise ValueError("--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path")
