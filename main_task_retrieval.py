@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             world = distributed.setup(options.run.device)
             prepare_output(options.run.output_dir, world)
             options = choose_precision(options, world)
-            log.info("options: %s", options.as_dict())
+            flags = sorted(options.as_dict().items())
+            log.info("options:\n%s", "\n".join(f"  --{name} {value}" for name, value in flags))
+            if options.of_source:
+                log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
+            if options.unlike_source:
+                log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
             for message in options.without_effect:
                 log.warning("without effect: %s", message)
             run(options, world, stop, argv)
@@ -126,12 +131,13 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
     loaders = Loaders(options, world, tokenize, model.clip.image.size)
-    source = weights
+    source, evaluation = weights, None
     if data.train is not None:
-        fine_tune(model, loaders, data, resumed, last, stop)
+        evaluation = fine_tune(model, loaders, data, resumed, last, stop)
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
-    evaluation = evaluate(model, data.scored, loaders, bank)
+    if evaluation is None or evaluation.split is not data.scored or bank:
+        evaluation = evaluate(model, data.scored, loaders, bank)
     scored = evaluation.split
     log.info(
         f"{scored.dataset} {scored.name}, {len(scored.captions)} captions x {len(scored.videos)} videos, "

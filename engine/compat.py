@@ -38,8 +38,19 @@ class Compat:
     new_parts_at_lr: bool = True
 
 
+# Of CLIP4Clip's parser, which the other projects took over; without those that change no number (batch_size_val,
+# n_display, num_thread_reader), and --loose_type: without it they take --sim_header tightTransf by name only.
+PARSER = {
+    "max_words": 20,
+    "max_frames": 100,
+    "slice_framepos": 0,
+    "coef_lr": 1.0,
+    "batch_size": 256,
+    "epochs": 20,
+    "select_on": "test",
+}
 # DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
-SOURCE_DEFAULTS = {"didemo_clip_seconds": 31.0}
+SOURCE_DEFAULTS = PARSER | {"didemo_clip_seconds": 31.0}
 
 COMPAT = {
     "none": Compat(),

@@ -16,12 +16,13 @@ from typing import Any
 
 from dataloaders.registry import DATASETS
 from dataloaders.video.rules import RULES
-from engine.compat import COMPAT
+from engine.compat import COMPAT, PARSER
 from modules.encoders import ENCODERS
 from modules.heads import HEADS, INTERACTIONS
 from modules.losses import LOSSES
 from plugins import Registry, above, add_flags, at_least, flag, from_flags, options_of, out_of_range
 
+OF_OLD_COMMANDS = {"loose_type", "expand_msrvtt_sentences", "slice_framepos"}  # flags by which CLIP4Clip's are known
 AUTO = Path("auto")  # --resume_model auto
 REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
 
@@ -143,6 +144,7 @@ class TrainOptions:
         "dataset has one, else test",
         choices=("auto", "val", "test", "last"),
     )
+    keep_epochs: bool = flag(False, "also keep the weights of every epoch, as pytorch_model.bin.0, .1 and so on")
     tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
 
 
@@ -202,6 +204,20 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Flat and JSON-ready: flag -> value."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in self.values.items()}
+
+    @property
+    def of_source(self) -> list[str]:
+        """Flags that have the defaults of --compat's project."""
+        named = [name for name in COMPAT[self.model.compat].defaults if name not in self.given]
+        return [f"--{name} {self.values[name]}" for name in named]
+
+    @property
+    def unlike_source(self) -> list[str]:
+        """Of a command in CLIP4Clip's form, without --compat: flags not given that have another default there."""
+        if COMPAT[self.model.compat].defaults or not OF_OLD_COMMANDS & self.given:
+            return []
+        here = {name: self.values[name] for name in PARSER if name not in self.given}
+        return [f"--{name} {value} ({PARSER[name]} there)" for name, value in here.items() if value != PARSER[name]]
 
     def with_precision(self, precision: str) -> Options:
         run = dataclasses.replace(self.run, precision=precision)

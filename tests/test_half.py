@@ -193,3 +193,26 @@ def test_a_run_names_its_arithmetic(msrvtt_flags, tmp_path):
     assert main(["--do_eval", *flags]) == 0
     found = json.loads((again / "results.json").read_text())
     assert (found["options"]["precision"], found["trained_in"]) == ("fp32", "half")
+
+
+def test_the_project_of_compat_brings_its_defaults():
+    options = resolve(FLAGS | {"compat": "clip4clip", "max_words": 32, "datatype": "msrvtt"})
+    data, train = options.data, options.train
+    assert (data.max_words, data.max_frames, train.coef_lr, train.batch_size, train.epochs) == (32, 100, 1.0, 256, 20)
+    assert options.own["frame_rule"].slice_framepos == 0
+    assert "--max_frames 100" in options.of_source
+    assert not [line for line in options.of_source if "max_words" in line]
+    old = resolve(FLAGS | {"loose_type": True, "slice_framepos": 2, "max_words": 20})
+    assert old.of_source == []
+    assert "--max_frames 12 (100 there)" in old.unlike_source
+    assert not [line for line in old.unlike_source if "max_words" in line or "slice" in line]
+    assert resolve(FLAGS).unlike_source == []
+
+
+def test_every_epoch_is_kept_and_the_last_scored_once(msrvtt_flags, tmp_path):
+    flags = replaced(TRAIN, epochs=2, select_on="last")
+    assert main([*flags, "--keep_epochs", *msrvtt_flags]) == 0
+    kept = [torch.load(tmp_path / "out" / f"pytorch_model.bin{end}") for end in ("", ".1", ".0")]
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+    assert any(not torch.equal(value, kept[2][name]) for name, value in kept[0].items())
+    assert (tmp_path / "out" / "log.txt").read_text().count("captions x 12 videos") == 1
