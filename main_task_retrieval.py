@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             world = distributed.setup(options.run.device)
             prepare_output(options.run.output_dir, world)
             options = choose_precision(options, world)
-            log.info("options: %s", options.as_dict())
+            flags = sorted(options.as_dict().items())
+            log.info("options:\n%s", "\n".join(f"  --{name} {value}" for name, value in flags))
+            if options.of_source:
+                log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
+            if options.unlike_source:
+                log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
             for message in options.without_effect:
                 log.warning("without effect: %s", message)
             run(options, world, stop, argv)
@@ -126,21 +131,22 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
     loaders = Loaders(options, world, tokenize, model.clip.image.size)
-    selected_on, source = weights.sidecar.get("selected_on"), weights.path
+    source, evaluation = weights, None
     if data.train is not None:
-        fine_tune(model, loaders, data, resumed, last, stop)
-        selected_on, source = options.train.select_on, folder / SELECTED
-        load_weights(model, Weights("", source).read().tensors, str(source))
-    evaluation = evaluate(model, data.scored, loaders, bank)
+        evaluation = fine_tune(model, loaders, data, resumed, last, stop)
+        source = Weights("", folder / SELECTED)
+        load_weights(model, source.read().tensors, str(source.path))
+    if evaluation is None or evaluation.split is not data.scored or bank:
+        evaluation = evaluate(model, data.scored, loaders, bank)
     scored = evaluation.split
     log.info(
         f"{scored.dataset} {scored.name}, {len(scored.captions)} captions x {len(scored.videos)} videos, "
         f"{evaluation.seconds:.1f} s\n{format_metrics(evaluation.metrics)}"
     )
     if world.is_main:
-        found = results(evaluation, options, model, source, selected_on)
+        found = results(evaluation, options, model, source.path, source.sidecar)
         found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
-        read = dict.fromkeys([*weights.files(), source])
+        read = dict.fromkeys([*weights.files(), source.path])
         found |= provenance(argv, options, read, world, time.perf_counter() - began)
         write_results(found, evaluation, options)
         log.info("%s", beside_published(folder))

@@ -42,10 +42,13 @@ def find_activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict
         return "quick_gelu", "the SHA-256 is that of OpenAI's release"
     if named.has_integers:
         return "quick_gelu", "it has the three integers that only OpenAI's release has"
+    if named.activation:
+        return named.activation, f"every model of --encoder {named.encoder} was trained with it"
     if named.prefixed:
-        # CLIP4Clip saves plain state dicts; in a wrapper it is some other program's file, from weights unknown.
-        if named.naming == "openai" and any(str(key).startswith(CLIP_PREFIX) for key in raw.content):
-            return "quick_gelu", "a CLIP4Clip model without a sidecar: CLIP4Clip starts from OpenAI's weights only"
+        # CLIP4Clip saves plain state dicts, InternVideo's code reads "state_dict"; other wrappers are other programs'.
+        state = raw.content.get("state_dict", raw.content)
+        if named.naming == "openai" and any(str(k).removeprefix("module.").startswith(CLIP_PREFIX) for k in state):
+            return "quick_gelu", "CLIP4Clip's form: it and InternVideo's code start from OpenAI's weights only"
     elif named.naming == "hugging_face" or raw.container != "torchscript":
         name, read = "open_clip_config.json", _from_open_clip
         if named.naming == "hugging_face":

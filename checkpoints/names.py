@@ -73,7 +73,7 @@ class NamedTensors:
     """`tensors`: float32 (or integer) under canonical names. `naming`: "openai", "open_clip" or "hugging_face".
 
     `prefixed`: the file itself had the `clip.` prefix. `has_integers`: it had OpenAI's three integer tensors.
-    `encoder`: the name of the one of `encoders` that it holds.
+    `encoder`: the name of the one of `encoders` that it holds; `activation`: the one of all such files.
     """
 
     tensors: dict[str, Tensor]
@@ -81,12 +81,14 @@ class NamedTensors:
     prefixed: bool
     has_integers: bool
     encoder: str
+    activation: str | None = None
 
 
 class KnownEncoder(Protocol):
     """What tells the tensors of an encoder from a plain CLIP's; see modules/encoders/base.py."""
 
     name: str
+    trained_with: str | None
     own_parts: tuple[str, ...]
     renamed: Mapping[str, str]
 
@@ -168,7 +170,8 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[KnownEncod
         heads = {k: towers.pop(k) for k in list(towers) if not k.startswith(starts) and k not in ALWAYS_PRESENT}
     canonical = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
     plain = {k: owned(v.float() if v.is_floating_point() else v) for k, v in canonical.items()}
-    return NamedTensors(plain, naming, prefixed, has_integers, encoder.name if encoder else PLAIN_CLIP)
+    name, activation = (encoder.name, encoder.trained_with) if encoder else (PLAIN_CLIP, None)
+    return NamedTensors(plain, naming, prefixed, has_integers, name, activation)
 
 
 def _belongs_to(towers: Mapping[str, Tensor], encoder: KnownEncoder) -> bool:

@@ -113,6 +113,8 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     loss = LOSSES[model.loss](options.own["loss"])
     scaled = compat.scales_cosines if model.interaction == "no" else compat.scales_tokens
     built = VideoTextModel(encoder, head, loss, scaled)
+    if options.run.precision == "half":
+        encoder.to_half()
     built.new_parts = frozenset(CLIP_PREFIX + name for name in new)
     rest = tensors_of_head(options, built, towers, rest, weights.path)
     load_weights(built, {CLIP_PREFIX + k: v for k, v in towers.items()} | rest, str(weights.path))

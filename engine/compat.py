@@ -22,6 +22,8 @@ class Compat:
     logit scale, as the loss does; ranks are the same without, but DSL shows it.
     same_dsl_axis: on sets with several captions a video, DSL normalises over the captions in both directions.
     decays_all: weight decay acts on all but biases, so on LayerNorms, embeddings and the logit scale as well.
+    precision: encoder -> what --precision auto means. "half" is float16 weights, gradients and moments of CLIP, without
+    a master copy or a loss scale: v underflows to 0 nearly everywhere, so that steps are larger than in float32.
     new_parts_at_lr: temporal parts of an encoder that no file of weights holds learn at --lr. The sources train all
     that is named ``clip.`` at the small rate of pre-trained weights, at which what starts from nothing stays there.
     """
@@ -32,11 +34,23 @@ class Compat:
     scales_tokens: bool = True
     same_dsl_axis: bool = False
     decays_all: bool = False
+    precision: dict[str, str] = field(default_factory=dict)
     new_parts_at_lr: bool = True
 
 
+# Of CLIP4Clip's parser, which the other projects took over; without those that change no number (batch_size_val,
+# n_display, num_thread_reader), and --loose_type: without it they take --sim_header tightTransf by name only.
+PARSER = {
+    "max_words": 20,
+    "max_frames": 100,
+    "slice_framepos": 0,
+    "coef_lr": 1.0,
+    "batch_size": 256,
+    "epochs": 20,
+    "select_on": "test",
+}
 # DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
-SOURCE_DEFAULTS = {"didemo_clip_seconds": 31.0}
+SOURCE_DEFAULTS = PARSER | {"didemo_clip_seconds": 31.0}
 
 COMPAT = {
     "none": Compat(),
@@ -44,6 +58,7 @@ COMPAT = {
         # Its OpenCV reader takes frames by whole seconds on every dataset.
         defaults=SOURCE_DEFAULTS | {"frame_rule": "second"},
         decays_all=True,
+        precision={"clip": "half"},
         new_parts_at_lr=False,
     ),
     "internvideo": Compat(
@@ -54,6 +69,7 @@ COMPAT = {
         scales_tokens=False,
         same_dsl_axis=True,
         decays_all=True,
+        precision={"clip": "half", "internvideo": "fp32"},
         new_parts_at_lr=False,
     ),
     "drl": Compat(

@@ -44,10 +44,9 @@ class Evaluation:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The autocast context of --precision; none for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    """The autocast context of --precision; none for fp32 and half."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> tuple[Tensor, Representation]:

@@ -16,12 +16,13 @@ from typing import Any
 
 from dataloaders.registry import DATASETS
 from dataloaders.video.rules import RULES
-from engine.compat import COMPAT
+from engine.compat import COMPAT, PARSER
 from modules.encoders import ENCODERS
 from modules.heads import HEADS, INTERACTIONS
 from modules.losses import LOSSES
 from plugins import Registry, above, add_flags, at_least, flag, from_flags, options_of, out_of_range
 
+OF_OLD_COMMANDS = {"loose_type", "expand_msrvtt_sentences", "slice_framepos"}  # flags by which CLIP4Clip's are known
 AUTO = Path("auto")  # --resume_model auto
 REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
 
@@ -143,6 +144,7 @@ class TrainOptions:
         "dataset has one, else test",
         choices=("auto", "val", "test", "last"),
     )
+    keep_epochs: bool = flag(False, "also keep the weights of every epoch, as pytorch_model.bin.0, .1 and so on")
     tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
 
 
@@ -170,7 +172,11 @@ class RunOptions:
     )
     device: str = flag("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto", "auto: bf16 on CUDA cards that have it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
+        "CLIP4Clip has them; auto: half with --compat clip4clip, and internvideo but for its video tower (fp32), else "
+        "bf16 on CUDA cards that have it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
     fp16: bool = flag(False, "same as --precision fp16")
     seed: int = flag(42, "seed of everything random", must_be=("in 0..2147483647", lambda v: 0 <= v < 2**31))
@@ -198,6 +204,20 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Flat and JSON-ready: flag -> value."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in self.values.items()}
+
+    @property
+    def of_source(self) -> list[str]:
+        """Flags that have the defaults of --compat's project."""
+        named = [name for name in COMPAT[self.model.compat].defaults if name not in self.given]
+        return [f"--{name} {self.values[name]}" for name in named]
+
+    @property
+    def unlike_source(self) -> list[str]:
+        """Of a command in CLIP4Clip's form, without --compat: flags not given that have another default there."""
+        if COMPAT[self.model.compat].defaults or not OF_OLD_COMMANDS & self.given:
+            return []
+        here = {name: self.values[name] for name in PARSER if name not in self.given}
+        return [f"--{name} {value} ({PARSER[name]} there)" for name, value in here.items() if value != PARSER[name]]
 
     def with_precision(self, precision: str) -> Options:
         run = dataclasses.replace(self.run, precision=precision)
@@ -286,6 +306,8 @@ def resolve(given: Mapping[str, Any]) -> Options:
     for registry in REGISTRIES:
         values[registry.flag] = choose(registry, values, named)
         without_effect += unused_flags(registry, values, named)
+    if values["precision"] == "auto":
+        values["precision"] = COMPAT[values["compat"]].precision.get(values["encoder"], "auto")
     dataset = DATASETS[values["datatype"]]
     if values["select_on"] == "auto":
         values["select_on"] = "val" if "val" in dataset.splits else "test"
@@ -358,6 +380,8 @@ def check_model(options: Options) -> None:
     if problem:
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]
+    if options.run.precision == "half" and not encoder.has_half:
+        raise ValueError(f"--precision half is for a plain CLIP, as in CLIP4Clip; {encoder.title} is trained in fp32")
     merging = encoder.merge_weight(options.own["encoder"]) is not None
     if merging and not (encoder.own_weights(options.own["encoder"]) or model.finetuned_path or model.init_model):
         raise ValueError("--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path")

@@ -47,9 +47,9 @@ def versions() -> dict[str, str]:
 
 
 def results(
-    evaluation: Evaluation, options: Options, model: VideoTextModel, weights: Path, selected_on: str | None
+    evaluation: Evaluation, options: Options, model: VideoTextModel, weights: Path, beside: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of results.json: what was measured, on what, how, with which weights."""
+    """The content of results.json: what was measured, on what, how, with which weights. beside: their sidecar."""
     split = evaluation.split
     return {
         "dataset": split.dataset,
@@ -58,7 +58,7 @@ def results(
         "n_captions": len(split.captions),
         "expected": {"videos": split.expected.videos, "captions": split.expected.captions},
         "missing_videos": list(split.missing_videos),
-        "protocol": {"v2t": "caption_groups", "ties": "pessimistic", "selected_on": selected_on},
+        "protocol": {"v2t": "caption_groups", "ties": "pessimistic", "selected_on": beside.get("selected_on")},
         "metrics": evaluation.metrics,
         "postprocessing": {kind: LOOKS_AT[kind] for kind in evaluation.metrics},
         "seconds": round(evaluation.seconds, 2),
@@ -66,6 +66,7 @@ def results(
         "weights": str(weights),
         "tower": model.clip.tower,
         "activation": model.clip.activation,
+        "trained_in": beside.get("precision"),
         "versions": versions(),
     }
 
@@ -161,6 +162,7 @@ def sidecar(model: VideoTextModel, options: Options, data: RunData) -> dict[str,
         "interaction": options.model.interaction,
         "head_options": head_options(model),
         "loss": options.model.loss,
+        "precision": options.run.precision,
         "selected_on": options.train.select_on,
         "trained_on": data.trained_on,
         "settings": {name: flags[name] for name in SETTINGS},

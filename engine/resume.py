@@ -157,8 +157,9 @@ def load_last(path: Path) -> dict[str, Any]:
 # Options that a resumed run may change: where things lie, what is shown or written besides, how it is read.
 PLACES = {"output_dir", "cache_dir", "data_path", "features_path", "train_csv", "val_csv", "resume_model"}
 WEIGHTS = {"pretrained_clip_name", "init_model", "finetuned_path"}
-SHOWN = {"n_display", "save_steps", "tensorboard", "do_train", "do_eval", "eval_split", "save_similarity"}
-HARMLESS = PLACES | WEIGHTS | SHOWN | {"num_thread_reader", "batch_size_val", "fp16"}
+SHOWN = {"n_display", "save_steps", "keep_epochs", "tensorboard", "do_train", "do_eval", "eval_split"}
+SCORED = {"allow_missing", "allow_overlap", "similarity_memory_mb", "save_similarity", "qb_norm", "qb_size"}
+HARMLESS = PLACES | WEIGHTS | SHOWN | SCORED | {"num_thread_reader", "batch_size_val", "fp16"}
 # Options that leave loss and gradient what they are, but for the order of summation.
 ROUNDING = {"gradient_accumulation_steps", "grad_checkpointing", "compile", "device"}
 

@@ -16,7 +16,7 @@ from engine.build import checkpoint_tensors
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
 from engine.distributed import agree, barrier, gather_objects
-from engine.evaluate import evaluate
+from engine.evaluate import Evaluation, evaluate
 from engine.options import TrainOptions
 from engine.progress import EpochWatch, Scalars, log, peak_memory_mb
 from engine.records import HISTORY, SELECTED, sidecar, write_history, write_json
@@ -133,11 +133,11 @@ def fine_tune(
     resumed: dict[str, Any] | None,
     last: Path | None,
     stop: StopRequest,
-) -> None:
+) -> Evaluation | None:
     """Train, keeping the weights of the best epoch (--select_on last: of the last) as pytorch_model.bin.
 
-    Best is the highest text-to-video R@1; on a tie the later epoch is kept. resumed: what `last`, the checkpoint to go
-    on from, holds.
+    Best is the highest text-to-video R@1; on a tie the later epoch is kept. Returns its evaluation if it was the last.
+    resumed: what `last`, the checkpoint to go on from, holds.
     """
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
     training, loader = options.train, loaders.training_pairs(data.train)
@@ -157,6 +157,7 @@ def fine_tune(
         first_step=state.epoch * len(loader) + state.step + 1,
     )
     beside = sidecar(model, options, data)
+    evaluation = None
     run = Training(trainer, loader, training, folder, record, beside, state, stop, scalars)
     for epoch in range(state.epoch, training.epochs):
         if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
@@ -176,6 +177,7 @@ def fine_tune(
             _close_epoch(run, line | {"evaluated_on": name, "metrics": evaluation.metrics})
     scalars.close()
     log.info("selected epoch %d: text-to-video R@1 %.1f", state.best_epoch + 1, state.best_score)
+    return evaluation if state.best_epoch == training.epochs - 1 else None
 
 
 def _close_epoch(run: Training, line: dict[str, Any]) -> None:
@@ -187,9 +189,9 @@ def _close_epoch(run: Training, line: dict[str, Any]) -> None:
         state.best_score, state.best_epoch = score, state.epoch
     state.history.append(line)
     if run.trainer.world.is_main:
-        if selected:
-            made = run.beside | {"epoch": state.epoch, "score": score}
-            save_checkpoint(run.folder / SELECTED, checkpoint_tensors(run.trainer.model), made)
+        made = run.beside | {"epoch": state.epoch, "score": score}
+        for name in [SELECTED] * selected + [f"{SELECTED}.{state.epoch}"] * run.options.keep_epochs:
+            save_checkpoint(run.folder / name, checkpoint_tensors(run.trainer.model), made)
         write_history(run.folder / HISTORY, state.history)
     state.next_epoch()
     run.save()

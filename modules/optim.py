@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.encoders.base import Encoder
 
-PORTION = 2**25  # numbers updated at once by BertAdam, which bounds its three temporary copies: 128 MiB each in float32
+PORTION = 2**25  # numbers updated at once by BertAdam, which bounds its four temporary copies: 128 MiB each in float32
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
@@ -67,15 +67,15 @@ class BertAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            portions: dict[tuple[int, int], list[Tensor]] = {}  # of equal step count, about PORTION numbers each
+            portions: dict[tuple, list[Tensor]] = {}  # of equal step count and type, about PORTION numbers each
             numbers = 0
             for p in group["params"]:
                 if p.grad is not None:
                     if not self.state[p]:
                         self.state[p] |= {"step": 0, "next_m": torch.zeros_like(p), "next_v": torch.zeros_like(p)}
-                    portions.setdefault((self.state[p]["step"], numbers // PORTION), []).append(p)
+                    portions.setdefault((self.state[p]["step"], p.dtype, numbers // PORTION), []).append(p)
                     numbers += p.numel()
-            for (count, _), params in portions.items():
+            for (count, *_), params in portions.items():
                 self._update(params, group, self.scheduled_lr(group, count))
 
     def _update(self, params: list[Tensor], group: dict, lr: float) -> None:
@@ -87,18 +87,29 @@ class BertAdam(torch.optim.Optimizer):
             norms = torch.stack(torch._foreach_norm(grads)).add_(1e-6)
             grads = torch._foreach_mul(grads, list((group["max_grad_norm"] / norms).clamp_(max=1.0).unbind()))
         beta1, beta2 = group["betas"]
-        torch._foreach_mul_(m, beta1)
+        _scale(m, beta1)
         torch._foreach_add_(m, grads, alpha=1 - beta1)
-        torch._foreach_mul_(v, beta2)
+        _scale(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
         divisor = torch._foreach_sqrt(v)
         torch._foreach_add_(divisor, group["eps"])
         update = torch._foreach_div(m, divisor)
         if group["weight_decay"] > 0:
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
-        torch._foreach_add_(params, update, alpha=-lr)
+            torch._foreach_add_(update, torch._foreach_mul(params, group["weight_decay"]))
+        # Products apart from sums: in float16 their rounding is a part of CLIP4Clip's results.
+        _scale(update, lr)
+        torch._foreach_sub_(params, update)
         for p in params:
             self.state[p]["step"] += 1
+
+
+def _scale(tensors: list[Tensor], factor: float) -> None:
+    """In place. One by one in float16, in which torch._foreach_mul_ rounds the factor as well on the CPU."""
+    if tensors[0].dtype == torch.float16:
+        for tensor in tensors:
+            tensor.mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
 
 
 def is_decayed(name: str, parameter: Tensor, all_but_biases: bool) -> bool:

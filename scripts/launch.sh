@@ -89,7 +89,10 @@ if [[ $datatype == msrvtt ]]; then
 else
   flags+=(--data_path "$DATA_PATH")
 fi
-flags+=(--sim_header meanP --loose_type --linear_patch 2d --slice_framepos 2 --feature_framerate 1 --n_display 50)
+flags+=(--sim_header meanP --loose_type --linear_patch 2d --slice_framepos 2 --feature_framerate 1 --n_display 50
+  --max_words 32 --max_frames 12 --epochs 5 --batch_size 128 --coef_lr 1e-3)
+# On the test split, which --compat internvideo would take, only where there is no other.
+[[ $datatype == msrvtt || $datatype == activity ]] || flags+=(--select_on val)
 
 if ((${SLURM_STEP_NUM_TASKS:-1} > 1)); then
   launcher=("$PYTHON") # srun has already started one of these per task

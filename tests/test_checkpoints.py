@@ -233,6 +233,20 @@ def test_clip4clip(tmp_path):
     assert "2 tensors of heads" in checkpoint.kind
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": state, "epoch": 2, "optimizer_states": [{"state": {}, "param_groups": []}]},
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    ],
+    ids=["parallel", "lightning", "both"],
+)
+def test_the_originals_forms_tell_quick_gelu(tmp_path, wrap):
+    torch.save(wrap(canonical(tiny().state_dict()) | HEADS), tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt").activation == "quick_gelu"
+
+
 def test_clip_prefix_in_another_programs_wrapper_leaves_the_activation_open(tmp_path):
     torch.save({"model": canonical(tiny().state_dict()), "epoch": 1}, tmp_path / "checkpoint_last.pt")
     assert read_checkpoint(tmp_path / "checkpoint_last.pt").activation is None

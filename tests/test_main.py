@@ -148,13 +148,14 @@ def test_zero_shot_leaves_results_only(msrvtt_flags, tmp_path):
     assert read_results(tmp_path / "out")["protocol"]["selected_on"] is None
 
 
-def test_a_killed_run_continues_to_the_same_weights(msrvtt_flags, tmp_path):
+@pytest.mark.parametrize("compat", ["none", "clip4clip"])  # the latter in half precision
+def test_a_killed_run_continues_to_the_same_weights(compat, msrvtt_flags, tmp_path):
     """kill -9 after the first epoch, then --resume_model: weights and history as without the interruption."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def command(out: Path, *more: str) -> list[str]:
-        flags = replaced(msrvtt_flags, output_dir=out)
+        flags = replaced(msrvtt_flags, output_dir=out, compat=compat)
         return [sys.executable, "main_task_retrieval.py", *replaced(TRAIN, epochs=3), *flags, *more]
 
     subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)

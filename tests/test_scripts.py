@@ -59,6 +59,14 @@ SIZES = {
     "text_layers": 1,
     "vision_heads": 1,
 }
+# What stands beside "state_dict", which InternVideo's code reads, in a file of Lightning's.
+LIGHTNING = {
+    "epoch": 3,
+    "global_step": 1200,
+    "pytorch-lightning_version": "1.5.10",
+    "optimizer_states": [{"state": {0: {"step": 1200, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-5}]}],
+    "lr_schedulers": [],
+}
 LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -116,7 +124,8 @@ def weights(tmp_path_factory) -> Path:
     clip = CLIP(ClipSizes(**SIZES), "quick_gelu")
     video = VideoCLIP(VideoClipSizes(**SIZES, read_after=(0, 1)), "quick_gelu")
     for file, model in (("clip.bin", clip), ("video tower.bin", video)):
-        torch.save({f"clip.{k}": v for k, v in model.state_dict().items()}, folder / file)
+        state = {f"clip.{k}": v for k, v in model.state_dict().items()}
+        torch.save({"state_dict": state, **LIGHTNING}, folder / file)
     return folder
 
 

@@ -18,6 +18,7 @@ if not __package__:  # run as a file: the repository's root is not on the path
 from tools.runs import head_of, read_run, tower_of
 
 TABLE = Path(__file__).with_name("published.json")
+HALF = ("CLIP4Clip", "half")  # whose rows were trained in which --precision
 TITLES = {"t2v": "text-to-video", "v2t": "video-to-text"}
 
 
@@ -49,17 +50,27 @@ def differences(row: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def beside(row: Mapping[str, Any], metrics: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+def beside(row: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """A table of published, measured and their difference, for what the row holds.
 
     How clips were read is said and not compared: the papers do not give all of it.
     """
-    kind = row["postprocessing"]
-    lines = [
+    kind, metrics, options, trained_in = (
+        row["postprocessing"],
+        found["metrics"],
+        found["options"],
+        found.get("trained_in"),
+    )
+    lines = []
+    if row["source"].startswith(HALF[0]) and row["weights"] == "fine-tuned" and trained_in != HALF[1]:
+        lines.append(f"not trained alike: {HALF[1]} there, {trained_in or 'unknown'} here, see docs/training.md;")
+    lines += [
         f"beside {row['source']}, {row['weights']}, {row['tower']}, {row['head']}, {kind};",
         f"here at most {options['max_frames']} frames by the {options['frame_rule']} rule, "
         f"{options['feature_framerate']} a second, {options['max_words']} words:",
     ]
+    if any(metrics[kind][direction]["MedR"] % 1 for direction in row["metrics"]):
+        lines.append("MedR between two ranks: here the mean of the two in the middle, there the lower one;")
     for direction, values in row["metrics"].items():
         own = metrics[kind][direction]
         lines.append(f"{TITLES[direction]:<16}" + "".join(f"{name:>8}" for name in values))
@@ -79,7 +90,7 @@ def compare(found: Mapping[str, Any], tower: str) -> list[str]:
     ours = protocol_of(found, tower)
     same = [row for row in rows if not differences(row, ours)]
     if same:
-        return [line for row in same for line in beside(row, found["metrics"], found["options"])]
+        return [line for row in same for line in beside(row, found)]
     if not rows:
         return [f"no published row for {found['dataset']}"]
     nearest = min(rows, key=lambda row: len(differences(row, ours)))

@@ -53,6 +53,8 @@ class Encoder(nn.Module):
     title = "encoder"  # in messages
     chosen_by: str  # the flag that chooses it; by default ``--encoder name``
     name = ""  # under which it is registered
+    has_half = False  # whether there is a :meth:`to_half`
+    trained_with: str | None = None  # the activation of all files of this encoder's own, where there is but one
     spec_options: tuple[str, ...] = ()  # the options that decide what is built
     # How names of parameters begin that only this encoder has: a file with such names is one of this encoder's, and a
     # file with none starts them at `start_values`, else as a new model has them.
@@ -159,6 +161,10 @@ class Encoder(nn.Module):
     @property
     def blocks(self) -> int:
         """Blocks of the deepest tower."""
+        raise NotImplementedError
+
+    def to_half(self) -> None:
+        """Put into float16 what the source project keeps in it, for ``--precision half``; see `has_half`."""
         raise NotImplementedError
 
     def without_gradient(self, reads_tokens: bool, reads_whole: bool) -> tuple[str, ...]:

@@ -123,11 +123,11 @@ class ImageTower(nn.Module):
         """images float [B, 3, S, S] -> embedded patches [B, P, width]; with `temporal_patch` clips of one frame."""
         if self.temporal_patch:
             return self.clip_patches(images[:, None])[:, 0]
-        return self.conv1(images).flatten(2).transpose(1, 2)
+        return self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
 
     def clip_patches(self, clips: Tensor) -> Tensor:
         """clips float [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width] by `conv2`."""
-        return self.conv2(clips.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
+        return self.conv2(clips.transpose(1, 2).to(self.conv2.weight.dtype)).flatten(3).permute(0, 2, 3, 1)
 
     def attend(self, patches: Tensor) -> Tensor:
         """Embedded patches [B, P, width] -> tokens [B, 1 + P, width] before ``ln_post`` and projection; CLS first."""
@@ -155,6 +155,7 @@ class CLIP(Encoder):
 
     Options = ClipOptions
     title = family = "CLIP"
+    has_half = True
     own_parts: tuple[str, ...] = ("visual.conv2.",)
     spec_options: tuple[str, ...] = ("linear_patch",)
 
@@ -227,13 +228,27 @@ class CLIP(Encoder):
         length = token_ids.shape[1]
         if length > self.sizes.context_length:
             raise ValueError(f"--max_words {length} exceeds the model's context of {self.sizes.context_length} tokens")
-        x = self.token_embedding(token_ids) + self.positional_embedding[:length]
+        dtype = self.text_projection.dtype
+        x = self.token_embedding(token_ids).to(dtype) + self.positional_embedding[:length].to(dtype)
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """token_ids int64 [N, L] -> the feature at the end-of-text token (the highest id) [N, D], tokens [N, L, D]."""
         tokens = self.text_tokens(token_ids) @ self.text_projection
         return tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)], tokens
+
+    def to_half(self) -> None:
+        """As CLIP4Clip's ``convert_weights``: float16 but for LayerNorms, embeddings, positions and the logit scale.
+
+        LayerNorms compute in float32 and give float16.
+        """
+        for name, parameter in self.named_parameters():
+            if not any(part in name for part in ("ln_", "embedding", "logit_scale")):
+                parameter.data = parameter.data.half()
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+                module.register_forward_hook(lambda _, inputs, output: output.half())
 
     def depth(self, name: str) -> int | None:
         block = BLOCK.match(name)

@@ -180,6 +180,7 @@ class VideoCLIP(CLIP):
     Options = InternVideoOptions
     title, family = "InternVideo's video tower", "InternVideo"
     chosen_by = "--clip_evl"
+    has_half, trained_with = False, "quick_gelu"
     spec_options: tuple[str, ...] = ()
     own_parts = (*(f"visual.transformer.{part}" for part in ("temporal_cls_token", "balance", "dpe.", "dec.")), UNUSED)
     # InternVideo merges by name, and CLIP has these under others: it leaves them out, so its published models have
