@@ -346,6 +346,30 @@ def test_hugging_face(tmp_path, activation, safe):
         torch.testing.assert_close(ours.encode_text(ids, normalize=True), out.text_embeds, atol=1e-5, rtol=1e-4)
 
 
+class Tree(nn.Module):
+    """Modules that hold tensors under given names, for an archive whose code tells nothing."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for name, value in tensors.items():
+            *path, last = name.split(".")
+            at = self
+            for part in path:
+                if part not in at._modules:
+                    at.add_module(part, Tree({}))
+                at = at._modules[part]
+            at.register_buffer(last, value)
+
+    def forward(self, x):
+        return x
+
+
+def test_an_archive_with_hugging_face_names_reads_its_config(tmp_path):
+    state = hugging_face(tmp_path, "gelu").state_dict()
+    torch.jit.script(Tree(state)).save(str(tmp_path / "clip.pt"))
+    assert read_checkpoint(tmp_path / "clip.pt").activation == "gelu"
+
+
 def test_hugging_face_without_its_config_and_with_a_part_missing(tmp_path):
     state = hugging_face(tmp_path, safe=False).state_dict()
     (tmp_path / "config.json").unlink()
