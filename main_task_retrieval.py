@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
+from torch.distributed import is_initialized
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.download import DownloadError
@@ -20,12 +22,12 @@ from checkpoints.read import CheckpointError
 from dataloaders.video import VideoReadError
 from engine import distributed
 from engine.build import Weights, build_model, find_weights, load_weights
-from engine.data import Loaders, load_run_data, query_bank
+from engine.data import Loaders, load_run_data
 from engine.distributed import World, main_first
 from engine.evaluate import evaluate
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
-from engine.records import ROOT, SELECTED, plan, provenance, results, warn_of_other_settings, write_results
+from engine.records import ROOT, SELECTED, plan, results, warn_of_other_settings, write_results
 from engine.resume import Interrupted, StopRequest, find_last, load_last
 from engine.step import TrainingError
 from engine.train import fine_tune
@@ -55,32 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(options, world, stop, argv)
             distributed.shutdown()
         except (Exception, Interrupted) as error:
-            return ended_by(error)
+            log.debug("stopped by an error", exc_info=True)
+            if isinstance(error, Interrupted):
+                print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
+                return error.exit_code
+            if is_initialized() or not isinstance(error, USER_ERRORS):
+                raise  # of several ranks, torch names this one in its traceback, and the launcher ends the others
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
-
-
-def ended_by(error: Exception | Interrupted) -> int:
-    """Say why the run ends and give its exit status.
-
-    With several ranks an error is raised again: torch names the rank in its traceback, the launcher ends the others.
-    """
-    log.debug("stopped by an error", exc_info=True)
-    if isinstance(error, Interrupted):
-        print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
-        return error.exit_code
-    if distributed.in_company() or not isinstance(error, USER_ERRORS):
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return 1
 
 
 def prepare_output(folder: Path, world: World) -> None:
     """Make --output_dir and start logging into it. Raises ValueError when it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test.{world.rank}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
     setup_logging(folder, world.is_main)
@@ -94,7 +86,8 @@ def choose_precision(options: Options, world: World) -> Options:
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs CUDA; on the CPU use fp32")
-    return options.with_precision(precision)
+    values = {**options.values, "precision": precision}
+    return replace(options, run=replace(options.run, precision=precision), values=values)
 
 
 def seed_everything(seed: int) -> None:
@@ -114,49 +107,39 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     with main_first():  # a download is for one process
         weights = find_weights(options, download=not options.run.dry_run)
     data = load_run_data(options, weights, resumed)
-    bank = query_bank(options)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
-    if data.train is not None:
-        pairs = Loaders(options, world, list, 1).training_pairs(data.train)  # checks the batch before weights are read
-        pair_set: Any = pairs.dataset
-    steps, items = (len(pairs), len(pair_set)) if data.train else (0, 0)
+    # Made before weights are read, as it checks the batch.
+    pairs = Loaders(options, world, list, 1).training_pairs(data.train) if data.train else None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
         if data.train is not None:
             frozen = freeze(model.clip, options.train.freeze_layer_num)
             log.info("%d tensors of the encoder are frozen", len(frozen))
     if options.run.dry_run:
-        log.info("%s", "\n".join(plan(options, world, data, weights, steps, items)))
+        log.info("%s", "\n".join(plan(options, world, data, weights, pairs)))
         return
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
     loaders = Loaders(options, world, tokenize, model.clip.image.size)
     source, evaluation = weights, None
     if data.train is not None:
-        evaluation = fine_tune(model, loaders, data, resumed, last, stop)
+        evaluation = fine_tune(model, loaders, data, resumed, stop)
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
-    if evaluation is None or evaluation.split is not data.scored or bank:
-        evaluation = evaluate(model, data.scored, loaders, bank)
+    if evaluation is None or evaluation.split is not data.scored or data.bank:
+        evaluation = evaluate(model, data.scored, loaders, data.bank)
     scored = evaluation.split
-    log.info(
-        f"{scored.dataset} {scored.name}, {len(scored.captions)} captions x {len(scored.videos)} videos, "
-        f"{evaluation.seconds:.1f} s\n{format_metrics(evaluation.metrics)}"
-    )
+    size = f"{len(scored.captions)} captions x {len(scored.videos)} videos, {evaluation.seconds:.1f} s"
+    log.info(f"{scored.dataset} {scored.name}, {size}\n{format_metrics(evaluation.metrics)}")
     if world.is_main:
-        found = results(evaluation, options, model, source.path, source.sidecar)
+        read = [*weights.files(), source.path]
+        found = results(evaluation, options, model.clip, world, read, source.sidecar)
         found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
-        read = dict.fromkeys([*weights.files(), source.path])
-        found |= provenance(argv, options, read, world, time.perf_counter() - began)
+        found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
         write_results(found, evaluation, options)
-        log.info("%s", beside_published(folder))
-
-
-def beside_published(folder: Path) -> str:
-    """Published numbers beside those of a finished run, in words."""
-    command = [sys.executable, "-m", "tools.published", str(folder.resolve())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or f"no comparison with published numbers: {done.stderr.strip()}"
+        command = [sys.executable, "-m", "tools.published", str(folder.resolve())]
+        published = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        log.info("%s", published.stdout.strip() or f"no comparison with published numbers: {published.stderr.strip()}")
 
 
 if __name__ == "__main__":

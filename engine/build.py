@@ -22,8 +22,6 @@ from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel
 
-OPENAI_CONTEXT = 77  # tokens that OpenAI's CLIPs read
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -48,9 +46,6 @@ class Weights:
     def files(self) -> list[Path]:
         return [self.path, *(self.clip.files() if self.clip else [])]
 
-    def what(self) -> str:
-        return f"of --{self.flag}" if self.path.exists() else "will be downloaded"
-
 
 def find_weights(options: Options, download: bool = True) -> Weights:
     """The file that decides: of --finetuned_path, --init_model, the encoder's own, else --pretrained_clip_name.
@@ -60,14 +55,13 @@ def find_weights(options: Options, download: bool = True) -> Weights:
     """
     model, encoder, own = options.model, ENCODERS[options.model.encoder], options.own["encoder"]
     own_weights, merging = encoder.own_weights(own), encoder.merge_weight(own) is not None
-    for flag, path in (("finetuned_path", model.finetuned_path), ("init_model", model.init_model)):
-        if path is not None:
+    for flag in ("finetuned_path", "init_model"):
+        if path := getattr(model, flag):
             if own_weights or merging:
                 log.info("%s holds the whole model: --pretrained_path and --mergeclip have no effect", path)
             return Weights(flag, existing(flag, path))
     if own_weights:
-        flag, path = own_weights
-        return Weights(flag, existing(flag, path), find_clip(options, download) if merging else None)
+        return Weights(own_weights[0], existing(*own_weights), find_clip(options, download) if merging else None)
     return find_clip(options, download)
 
 
@@ -76,7 +70,7 @@ def find_clip(options: Options, download: bool) -> Weights:
     flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
     if name not in OPENAI_CLIP:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
-    check_max_words(options, OPENAI_CONTEXT)
+    check_max_words(options, 77)  # as OpenAI's CLIPs have it
     folder = options.model.cache_dir.expanduser()
     return Weights(flag, fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0])
 
@@ -99,14 +93,13 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     Raises CheckpointError or ValueError for a wrong file, naming what it looks like; logs what was recognised.
     """
     model, compat = options.model, COMPAT[options.model.compat]
-    conventions = replace(
-        compat.conventions, source_words=options.data.max_words, source_frames=options.data.max_frames
-    )
+    words, frames = options.data.max_words, options.data.max_frames
+    conventions = replace(compat.conventions, source_words=words, source_frames=frames)
     checkpoint = weights.read()
     rest = split_towers(checkpoint.tensors)[1]
     try:
         encoder, towers, new = build_encoder(options, weights, checkpoint, conventions)
-        head = build_head(options, encoder, conventions, weights.sidecar, rest)
+        head = build_head(options, encoder, weights.sidecar, rest)
     except ValueError as error:
         raise CheckpointError(f"{weights.path}: {error}") from error
     check_max_words(options, encoder.head_sizes.context_length)
@@ -118,17 +111,11 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     built.new_parts = frozenset(CLIP_PREFIX + name for name in new)
     rest = tensors_of_head(options, built, towers, rest, weights.path)
     load_weights(built, {CLIP_PREFIX + k: v for k, v in towers.items()} | rest, str(weights.path))
-    reason = checkpoint.activation_reason
+    reason, size = checkpoint.activation_reason, sum(p.numel() for p in built.parameters()) / 1e6
     log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
-    log.info(
-        "model: %s, %s; head %s, interaction %s, loss %s; %.1f M parameters",
-        encoder.title,
-        ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items()),
-        model.sim_header,
-        model.interaction,
-        model.loss,
-        sum(p.numel() for p in built.parameters()) / 1e6,
-    )
+    sizes = ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items())
+    parts = f"head {model.sim_header}, interaction {model.interaction}, loss {model.loss}"
+    log.info("model: %s, %s; %s; %.1f M parameters", encoder.title, sizes, parts, size)
     return built
 
 
@@ -167,36 +154,23 @@ def missing_own_parts(encoder: Encoder, found: Mapping[str, Tensor]) -> dict[str
 
     All or none: a file that lacks only some of them is damaged, which strict loading then reports.
     """
-    own = {
-        name: parameter.detach()
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad and name.startswith(encoder.own_parts)
-    }
+    trained = {name: value.detach() for name, value in encoder.named_parameters() if value.requires_grad}
+    own = {name: value for name, value in trained.items() if name.startswith(encoder.own_parts)}
     return {} if own.keys() & found.keys() else own
 
 
 def choose_activation(wanted: str, checkpoint: Checkpoint) -> str:
     """The activation the file tells, or the one asked for. Raises CheckpointError when neither says."""
     path, told, reason = checkpoint.path, checkpoint.activation, checkpoint.activation_reason
-    if wanted != "auto":
-        if told not in (None, wanted):
-            log.warning("%s looks like %s (%s); using --activation %s as asked", path, told, reason, wanted)
-        return wanted
-    if told is None:
-        raise CheckpointError(
-            f"{path} does not tell which activation it was trained with ({reason}); give --activation quick_gelu or "
-            "gelu: OpenAI's weights use quick_gelu, most others gelu"
-        )
-    return told
+    if wanted == "auto" and told is None:
+        remedy = "give --activation quick_gelu or gelu: OpenAI's weights use quick_gelu, most others gelu"
+        raise CheckpointError(f"{path} does not tell which activation it was trained with ({reason}); {remedy}")
+    if wanted not in ("auto", told) and told:
+        log.warning("%s looks like %s (%s); using --activation %s as asked", path, told, reason, wanted)
+    return told if wanted == "auto" else wanted
 
 
-def build_head(
-    options: Options,
-    encoder: Encoder,
-    conventions: Conventions,
-    sidecar: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> Head:
+def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     """The head of --sim_header; with --interaction its frames meet the text tokens.
 
     Options that weights do not show come from the command line, else from the sidecar. Raises ValueError where a file
@@ -210,7 +184,7 @@ def build_head(
                 own = replace(own, **{field.name: stored[field.name]})
             elif not sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
                 raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
-    built = head(encoder.head_sizes, own, conventions)
+    built = head(encoder.head_sizes, own, encoder.conventions)
     return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
 
 
@@ -223,32 +197,28 @@ def tensors_of_head(
     Raises CheckpointError, with the option to give, for parts of which the model has none, and for missing ones that
     are not to be trained.
     """
-    head, loss, chosen = model.head, model.criterion, options.model
+    head, loss, chosen, kinds = model.head, model.criterion, options.model, (HEADS, INTERACTIONS, LOSSES)
     kept = {key: value for key, value in rest.items() if not key.startswith(head.ignored_prefixes)}
     if len(kept) < len(rest):
         left_out = "*, ".join(head.ignored_prefixes)
         log.warning("%d tensors of %s* have no use in this model and are left out", len(rest) - len(kept), left_out)
     parts = (*head.checkpoint_prefixes, *loss.checkpoint_prefixes)
-    kinds = ((HEADS, chosen.sim_header), (INTERACTIONS, chosen.interaction), (LOSSES, chosen.loss))
     foreign = [key for key in kept if not key.startswith(parts)]
     if foreign:
-        fitting = [
-            (f"--{registry.flag} {now}", f"; give --{registry.flag} {name}")
-            for registry, now in kinds
-            for name in registry
-            if all(key.startswith(registry[name].checkpoint_prefixes) for key in foreign)
-        ]
-        without, hint = fitting[0] if fitting else (f"--sim_header {chosen.sim_header}", "")
-        raise CheckpointError(
-            f"{path} holds {len(foreign)} tensors that {without} does not have, such as {foreign[0]}{hint}"
-        )
+        known = ((kind, name, plugin.checkpoint_prefixes) for kind in kinds for name, plugin in kind.items())
+        fitting = ((kind, name) for kind, name, own in known if all(key.startswith(own) for key in foreign))
+        kind, name = next(fitting, (HEADS, ""))
+        problem = f"{path} holds {len(foreign)} tensors that --{kind.flag} {getattr(chosen, kind.flag)} does not have"
+        raise CheckpointError(f"{problem}, such as {foreign[0]}" + (f"; give --{kind.flag} {name}" if name else ""))
     added = tuple(part for part in parts if not any(key.startswith(part) for key in kept))
     if not added:
         return kept
     names = "*, ".join(added)
     if chosen.finetuned_path or (chosen.init_model and not options.run.do_train):
-        wanted = next(f"--{r.flag} {now}" for r, now in kinds if now in r and added[0] in r[now].checkpoint_prefixes)
-        raise CheckpointError(f"{path} holds no weights for {wanted} ({names}*); give the options it was trained with")
+        asked = ((kind.flag, getattr(chosen, kind.flag), kind) for kind in kinds)
+        flag, name = next((f, n) for f, n, kind in asked if n in kind and added[0] in kind[n].checkpoint_prefixes)
+        without = f"--{flag} {name} ({names}*)"
+        raise CheckpointError(f"{path} holds no weights for {without}; give the options it was trained with")
     log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, names)
     start = {**head.state_dict(), **loss.state_dict()}
     start = {parameter_name(key): value for key, value in start.items()} | head.init_from_clip(towers)
@@ -264,9 +234,3 @@ def load_weights(model: VideoTextModel, tensors: Mapping[str, Tensor], source: s
     """Put tensors under CLIP4Clip's names into `model`. Raises CheckpointError naming `source` when they do not fit."""
     names = {parameter_name(name): name for name in model.state_dict()}
     load_strict(model, {names.get(k, k): v for k, v in tensors.items()}, source)
-
-
-def head_options(model: VideoTextModel) -> dict[str, Any]:
-    """The options of head and interaction, for a sidecar."""
-    head = model.head
-    return {**(asdict(head.temporal.options) if hasattr(head, "temporal") else {}), **asdict(head.options)}

@@ -6,7 +6,7 @@ code looks at the name of a project. Where something is missing here, the projec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modules.conventions import Conventions
@@ -49,37 +49,25 @@ PARSER = {
     "epochs": 20,
     "select_on": "test",
 }
-# DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
-SOURCE_DEFAULTS = PARSER | {"didemo_clip_seconds": 31.0}
+# What the sources have in common. DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
+SOURCE = Compat(defaults=PARSER | {"didemo_clip_seconds": 31.0}, decays_all=True, new_parts_at_lr=False)
 
 COMPAT = {
     "none": Compat(),
-    "clip4clip": Compat(
-        # Its OpenCV reader takes frames by whole seconds on every dataset.
-        defaults=SOURCE_DEFAULTS | {"frame_rule": "second"},
-        decays_all=True,
-        precision={"clip": "half"},
-        new_parts_at_lr=False,
-    ),
-    "internvideo": Compat(
-        defaults=SOURCE_DEFAULTS,
-        # It leaves frames as they are before their mean, lets padding win a maximum with its score of 0, and its video
-        # tower reads padding like frames.
+    # Its OpenCV reader takes frames by whole seconds on every dataset.
+    "clip4clip": replace(SOURCE, defaults=SOURCE.defaults | {"frame_rule": "second"}, precision={"clip": "half"}),
+    # It leaves frames as they are before their mean, lets padding win a maximum with its score of 0, and its video
+    # tower reads padding like frames.
+    "internvideo": replace(
+        SOURCE,
         conventions=Conventions(normalize_frames=False, mask_padding=False, read_padding=True),
         scales_tokens=False,
         same_dsl_axis=True,
-        decays_all=True,
         precision={"clip": "half", "internvideo": "fp32"},
-        new_parts_at_lr=False,
     ),
-    "drl": Compat(
-        defaults=SOURCE_DEFAULTS,
-        # Padding as in InternVideo, whose token-wise code is DRL's; its cross encoder (xti) has 8 attention heads,
-        # whatever its width.
-        conventions=Conventions(mask_padding=False, cross_heads=8),
-        scales_cosines=False,
-        scales_tokens=False,
-        decays_all=True,
-        new_parts_at_lr=False,
+    # Padding as in InternVideo, whose token-wise code is DRL's; its cross encoder (xti) has 8 attention heads, whatever
+    # its width.
+    "drl": replace(
+        SOURCE, conventions=Conventions(mask_padding=False, cross_heads=8), scales_cosines=False, scales_tokens=False
     ),
 }

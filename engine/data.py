@@ -23,45 +23,32 @@ from engine.options import Options
 from engine.progress import log
 
 
-def annotation_files(options: Options) -> AnnotationFiles:
-    return AnnotationFiles(options.data.data_path, options.own["datatype"])
-
-
-def query_bank(options: Options) -> QueryBank | None:
-    """QB-Norm's queries, when asked for."""
-    if not options.run.qb_norm:
-        return None
-    return load_query_bank(options.data.datatype, annotation_files(options), options.run.qb_size, options.run.seed)
-
-
 def load_data(options: Options, name: str) -> RetrievalSplit:
     """A split with its videos located; its counts, and to evaluate all videos, must be there or --allow_missing."""
     data = options.data
     if not data.data_path.exists():
         raise ValueError(f"--data_path {data.data_path}: no such file or folder")
-    split = load_split(data.datatype, name, annotation_files(options), data.features_path)
+    files = AnnotationFiles(data.data_path, options.own["datatype"])
+    split = load_split(data.datatype, name, files, data.features_path)
     check_complete(split, data.allow_missing, training=name == "train")
-    log.info(
-        "%s %s: %d videos, %d captions; frames by the %s rule; files %s",
-        split.dataset,
-        name,
-        len(split.videos),
-        len(split.captions),
-        data.frame_rule,
-        " ".join(DATASETS[data.datatype].extensions),
-    )
+    read = f"frames by the {data.frame_rule} rule; files {' '.join(DATASETS[data.datatype].extensions)}"
+    log.info(f"{split.dataset} {name}: {len(split.videos)} videos, {len(split.captions)} captions; {read}")
     return split
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The splits of a run. `train` is None without --do_train; `selection` is what epochs are scored on."""
+    """The splits of a run. `train` is None without --do_train; `selection` is what epochs are scored on.
+
+    `bank`: QB-Norm's queries, when asked for.
+    """
 
     scored: RetrievalSplit
     train: RetrievalSplit | None
     selection: RetrievalSplit
     trained_on: dict[str, list[str]]  # dataset -> ids of all videos that the model has been or will be trained on
     overlap: Overlap | None  # of `scored` with those; None when nothing tells what the model was trained on
+    bank: QueryBank | None
 
 
 def load_run_data(options: Options, weights: Weights, resumed: Mapping[str, Any] | None = None) -> RunData:
@@ -70,28 +57,25 @@ def load_run_data(options: Options, weights: Weights, resumed: Mapping[str, Any]
     weights: where the model starts from; its sidecar says what it was trained on, if this project wrote it.
     resumed: the checkpoint_last.pt to go on from, which holds the same.
     """
-    scored = load_data(options, options.run.eval_split)
-    train = selection = None
-    if options.run.do_train:
+    data, run = options.data, options.run
+    scored = selection = load_data(options, run.eval_split)
+    train = None
+    if run.do_train:
         train = load_data(options, "train")
         watched = scored.name if options.train.select_on == "last" else options.train.select_on
         selection = scored if watched == scored.name else load_data(options, watched)
     trained_on = trained_videos((resumed or weights.sidecar).get("trained_on"), f"{weights.path}.json", train)
-    captions, source = (train.captions, "the training split") if train else (None, str(weights.path))
-    overlaps = [
-        check_overlap(
-            split,
-            trained_on[scored.dataset],
-            captions,
-            source,
-            options.data.allow_overlap,
-            train,
-            partial(short_id, scored.dataset),
-        )
-        for split in dict.fromkeys((scored, selection or scored))
-        if scored.dataset in trained_on
-    ]
-    return RunData(scored, train, selection or scored, trained_on, overlaps[0] if overlaps else None)
+    overlaps: list[Overlap] = []
+    if scored.dataset in trained_on:
+        captions, source = (train.captions, "the training split") if train else (None, str(weights.path))
+        training = trained_on[scored.dataset], captions, source, data.allow_overlap, train
+        spelling = partial(short_id, scored.dataset)
+        overlaps = [check_overlap(split, *training, spelling) for split in dict.fromkeys((scored, selection))]
+    bank = None
+    if run.qb_norm:
+        files = AnnotationFiles(data.data_path, options.own["datatype"])
+        bank = load_query_bank(data.datatype, files, run.qb_size, run.seed)
+    return RunData(scored, train, selection, trained_on, overlaps[0] if overlaps else None, bank)
 
 
 def trained_videos(before: Any, source: str, train: RetrievalSplit | None) -> dict[str, list[str]]:
@@ -120,10 +104,8 @@ class Loaders:
     image_size: int
 
     def source(self, frame_order: int) -> VideoSource:
-        data = self.options.data
-        sampling = FrameSampling(
-            data.frame_rule, data.feature_framerate, data.max_frames, options=self.options.own["frame_rule"]
-        )
+        data, own = self.options.data, self.options.own["frame_rule"]
+        sampling = FrameSampling(data.frame_rule, data.feature_framerate, data.max_frames, options=own)
         return VideoSource(sampling, self.image_size, frame_order)
 
     def reading(self) -> Reading:
@@ -133,16 +115,10 @@ class Loaders:
 
     def training_pairs(self, split: RetrievalSplit) -> DataLoader:
         """Batches of shuffled pairs: every caption with its clip, or one drawn per clip and epoch (MSR-VTT)."""
-        options = self.options
-        draws = DATASETS[options.data.datatype].draws_captions(options.own["datatype"])
-        return pair_loader(
-            split,
-            self.source(options.data.train_frame_order),
-            self.tokenize,
-            self.reading(),
-            batch_size=options.train.batch_size,
-            expand=not draws,
-        )
+        data, size = self.options.data, self.options.train.batch_size
+        expand = not DATASETS[data.datatype].draws_captions(self.options.own["datatype"])
+        source = self.source(data.train_frame_order)
+        return pair_loader(split, source, self.tokenize, self.reading(), batch_size=size, expand=expand)
 
     def videos(self, split: RetrievalSplit) -> DataLoader:
         """Batches of the split's videos, each once: this rank's share."""

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modules.representation import Representation, as_float32, as_parts, each, pad_to
+from modules.representation import Representation, as_float32, concat, each, pad_to
 
 MEETING_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank may wait this long for one that writes a checkpoint or compiles
@@ -86,10 +85,8 @@ def choose_device(name: str, place: Place) -> torch.device:
     count = torch.cuda.device_count()
     index = 0 if count == 1 and place.one_device_each else place.local_rank
     if index >= count:
-        raise ValueError(
-            f"--device {name}: local rank {index} but {count} CUDA devices; start at most {count} "
-            "processes on this host, or use --device cpu"
-        )
+        problem = f"--device {name}: local rank {index} but {count} CUDA devices"
+        raise ValueError(f"{problem}; start at most {count} processes on this host, or use --device cpu")
     torch.cuda.set_device(index)
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, also in the patch convolution
     return torch.device("cuda", index)
@@ -109,20 +106,11 @@ def setup(device: str) -> World:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=MEETING_TIMEOUT))
         chosen = same_kind_of_device(device, place, store)
     except dist.DistError as error:
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        raise ValueError(
-            f"rank {place.rank} did not meet the other {place.size - 1} processes at {where}: {error}. "
-            "Were all of them started, and is the port free?"
-        ) from error
-    on_cuda = chosen.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=chosen if on_cuda else None,
-    )
+        where = " ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        problem = f"rank {place.rank} did not meet the other {place.size - 1} processes at {where}: {error}"
+        raise ValueError(f"{problem}. Were all of them started, and is the port free?") from error
+    backend, device_id = ("cpu:gloo,cuda:nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, None, COLLECTIVE_TIMEOUT, place.size, place.rank, store, device_id=device_id)
     return World(place.rank, place.size, chosen)
 
 
@@ -137,29 +125,22 @@ def same_kind_of_device(name: str, place: Place, store: dist.Store) -> torch.dev
     most = max(("cuda", "cpu"), key=kinds.count)
     odd = [f"rank {rank}: {kind}" for rank, kind in enumerate(kinds) if kind != most]
     if odd:
-        raise ValueError(
-            f"--device {name}: the ranks must have the same kind of device; most have {most}, but {', '.join(odd)}. "
-            "Check the driver on the hosts of those, or use --device cpu"
-        )
+        problem = f"the ranks must have the same kind of device; most have {most}, but {', '.join(odd)}"
+        raise ValueError(f"--device {name}: {problem}. Check the driver on the hosts of those, or use --device cpu")
     return chosen
 
 
 def shutdown() -> None:
     """Leave together with the others, if there are any."""
-    if in_company():
+    if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
-
-
-def in_company() -> bool:
-    """Whether other ranks have been met and not left yet."""
-    return dist.is_initialized()
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
     """Rank 0 goes through the block first, the others after it: for what one process should do, like a download."""
-    follows = in_company() and dist.get_rank() > 0
+    follows = dist.is_initialized() and dist.get_rank() > 0
     if follows:
         barrier()
     yield
@@ -170,7 +151,7 @@ def main_first() -> Iterator[None]:
 def agree(*values: int) -> Tensor:
     """A few integers of every rank: int64 [W, n], in rank order, on the CPU."""
     mine = torch.tensor([values], dtype=torch.int64)
-    if not in_company():
+    if not dist.is_initialized():
         return mine
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
@@ -183,7 +164,7 @@ def barrier() -> None:
 
 def gather_objects(value: object) -> list:
     """The value of every rank, in rank order; for small picklable things, and not within a step."""
-    if not in_company():
+    if not dist.is_initialized():
         return [value]
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -199,14 +180,14 @@ def gather_rows(x: Representation, counts: Sequence[int]) -> Representation:
     ranks' gradients into the local rows, and DDP's division by the number of ranks makes of it the gradient that one
     process would compute on the whole batch.
     """
-    return each(as_float32(x), partial(_gather_part, counts=counts)) if in_company() else x
 
+    def gather(part: Tensor) -> Tensor:
+        padded = pad_to(part, (max(counts), *part.shape[1:]))
+        # Not every backend moves booleans.
+        rows = _AllGather.apply(padded.byte() if part.dtype == torch.bool else padded).to(part.dtype)
+        return torch.cat([share[:n] for share, n in zip(rows.split(max(counts)), counts)])
 
-def _gather_part(part: Tensor, counts: Sequence[int]) -> Tensor:
-    padded = pad_to(part, (max(counts), *part.shape[1:]))
-    # Not every backend moves booleans.
-    rows = _AllGather.apply(padded.byte() if part.dtype == torch.bool else padded).to(part.dtype)
-    return torch.cat([share[:n] for share, n in zip(rows.split(max(counts)), counts)])
+    return each(as_float32(x), gather) if dist.is_initialized() else x
 
 
 class _AllGather(torch.autograd.Function):
@@ -231,32 +212,26 @@ def same_sizes(x: Representation | None, device: torch.device) -> Representation
 
     A rank without any item gives None and gets a representation of no items on `device`.
     """
-    mine = None if x is None else (isinstance(x, tuple), [(tuple(p.shape[1:]), p.dtype) for p in as_parts(x)])
-    known = [kind for kind in gather_objects(mine) if kind is not None]
-    if not known:
-        raise ValueError("nothing to gather: no rank has an item")
-    is_tuple, first = known[0]
-    parts = as_parts(x) if x is not None else [torch.empty(0, *shape, dtype=d, device=device) for shape, d in first]
-    shapes = zip(*([shape for shape, _ in kind] for _, kind in known))  # of each part on all ranks
-    largest = [[max(sizes) for sizes in zip(*part)] for part in shapes]
-    padded = tuple(pad_to(part, (len(part), *sizes)) for part, sizes in zip(parts, largest))
-    return padded if is_tuple else padded[0]
+    mine = None if x is None else each(x, lambda part: part.new_empty(0, *part.shape[1:], device="cpu"))
+    empty = concat([kind for kind in gather_objects(mine) if kind is not None])  # as wide as the widest
+    empty = each(empty, lambda part: part.to(device))
+    return empty if x is None else concat([x, empty])
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the ranks, all in one collective: what DDP does piece by piece."""
-    if not in_company():
+    if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+    means = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, means):
         gradient.copy_(mean.view_as(gradient))
 
 
 def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
     """Give every rank rank 0's values."""
-    if in_company():
+    if dist.is_initialized():
         for parameter in parameters:
             dist.broadcast(parameter.detach(), src=0)

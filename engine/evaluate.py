@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,44 +42,47 @@ class Evaluation:
     bank: Tensor | None = None
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The autocast context of --precision; none for fp32 and half."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of --precision; it does nothing for fp32 and half."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision in ("fp16", "bf16"))
 
 
-def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> tuple[Tensor, Representation]:
-    """Batches of all ranks -> (index sorted ascending, items in that order)."""
+def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> Representation:
+    """Batches of all ranks -> their items, sorted by index."""
     local_index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
     counts = agree(len(local_index))[:, 0].tolist()
-    all_index = gather_rows(local_index, counts)
-    order = all_index.argsort()
+    order = gather_rows(local_index, counts).argsort()
     items = gather_rows(same_sizes(concat(rows) if rows else None, device), counts)
-    return all_index[order], take(items, order.to(device))
+    return take(items, order.to(device))
 
 
 def encode_videos(
-    model: VideoTextModel, loader: Iterable, world: World, precision: str
-) -> tuple[Tensor, Representation, list[tuple[str, str]]]:
-    """Indices int64 [V'] of the videos read, what the head made of them, and (id, message) of those not read."""
-    index, rows, failures = [], [], []
-    for batch in progress(loader, "videos", enabled=world.is_main):
-        failures += [(failure.video_id, failure.message) for failure in batch.failures]
+    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders
+) -> tuple[Representation, RetrievalSplit]:
+    """What the head made of the videos that can be read, and the split less the others, if --allow_missing."""
+    index, rows, unread = [], [], []
+    options, world = loaders.options, loaders.world
+    for batch in progress(loaders.videos(split), "videos", enabled=world.is_main):
+        unread += [(failure.video_id, failure.message) for failure in batch.failures]
         if len(batch.index):
             frames = batch.frames.to(world.device, non_blocking=True)
             mask = batch.frame_mask.to(world.device, non_blocking=True)
-            with autocast(world.device, precision):
+            with autocast(world.device, options.run.precision):
                 rows.append(as_float32(model.encode_video(frames, mask)))
             index.append(batch.index)
-    everywhere = [failure for part in gather_objects(failures) for failure in part]
-    if not agree(len(index)).any():
-        listed = first_messages(everywhere)
-        raise DataError(f"none of the {len(everywhere)} videos can be read{listed}\nGive another --features_path")
-    return *in_order(index, rows, world.device), everywhere
-
-
-def first_messages(failures: list[tuple[str, str]]) -> str:
-    return ", the first:\n" + "\n".join(f"  {message}" for _, message in sorted(failures)[:5])
+    failures = sorted(failure for part in gather_objects(unread) for failure in part)
+    if failures:
+        first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
+        if len(failures) == len(split.videos):
+            raise DataError(f"none of the {len(failures)} videos can be read{first}\nGive another --features_path")
+        told = f"{len(failures)} of {len(split.videos)} videos of {split.dataset} {split.name} cannot be read"
+        if not options.data.allow_missing:
+            remedy = "Repair them, or give --allow_missing to leave them out, which raises recall: a smaller gallery"
+            raise DataError(f"{told}{first}\n{remedy} (results.json will say so)")
+        log.warning("%s and are left out (--allow_missing)%s", told, first)
+        split = split.drop(video_id for video_id, _ in failures)
+    return in_order(index, rows, world.device), split
 
 
 def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:
@@ -90,7 +92,7 @@ def encode_captions(model: VideoTextModel, batches: Iterable, world: World, prec
         with autocast(world.device, precision):
             rows.append(as_float32(model.encode_text(token_ids.to(world.device), token_mask.to(world.device))))
         index.append(where)
-    return in_order(index, rows, world.device)[1]
+    return in_order(index, rows, world.device)
 
 
 def score(model: VideoTextModel, text: Representation, video: Representation, world: World, memory_mb: float) -> Tensor:
@@ -104,20 +106,6 @@ def score(model: VideoTextModel, text: Representation, video: Representation, wo
     return gather_rows(part, [end - start for start, end in zip(bounds, bounds[1:])])
 
 
-def without_failures(split: RetrievalSplit, failures: list[tuple[str, str]], allow_missing: bool) -> RetrievalSplit:
-    """The split less its unreadable videos. Raises DataError naming them unless `allow_missing`."""
-    if not failures:
-        return split
-    count = f"{len(failures)} of {len(split.videos)} videos of {split.dataset} {split.name} cannot be read"
-    if not allow_missing:
-        raise DataError(
-            f"{count}{first_messages(failures)}\nRepair them, or give --allow_missing to evaluate without them (a "
-            "smaller gallery raises recall; results.json will say so)"
-        )
-    log.warning("%s and are left out (--allow_missing)%s", count, first_messages(failures))
-    return split.drop(video_id for video_id, _ in failures)
-
-
 @torch.inference_mode()
 def evaluate(
     model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, bank: QueryBank | None = None
@@ -128,15 +116,11 @@ def evaluate(
     """
     began, was_training = time.perf_counter(), model.training
     options, world = loaders.options, loaders.world
-    precision = options.run.precision
     model.eval()
-    order, video, failures = encode_videos(model, loaders.videos(split), world, precision)
-    scored = without_failures(split, failures, options.data.allow_missing)
-    if len(order) != len(scored.videos):
-        raise RuntimeError(f"{len(order)} videos were encoded where {len(scored.videos)} were expected")
+    video, scored = encode_videos(model, split, loaders)
 
     def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
-        text = encode_captions(model, loaders.captions(captions), world, precision)
+        text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
         return score(model, text, video, world, options.run.similarity_memory_mb)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from engine.compat import COMPAT, PARSER
 from modules.encoders import ENCODERS
 from modules.heads import HEADS, INTERACTIONS
 from modules.losses import LOSSES
-from plugins import Registry, above, add_flags, at_least, flag, from_flags, options_of, out_of_range
+from plugins import NoOptions, Registry, above, add_flags, at_least, flag, from_flags, out_of_range
 
 OF_OLD_COMMANDS = {"loose_type", "expand_msrvtt_sentences", "slice_framepos"}  # flags by which CLIP4Clip's are known
 AUTO = Path("auto")  # --resume_model auto
+PYAV = "pyav (opencv gave memory rubbish for interlaced video with OpenCV 5; PyAV gives the same frames)"
 REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
 
 # Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
@@ -55,19 +55,10 @@ class DataOptions:
     )
     train_frame_order: int = flag(0, "of frames in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     eval_frame_order: int = flag(0, "of frames in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
-    decoder: str = flag(
-        "pyav",
-        "video reader: pyav, the only one",
-        must_be=(
-            "pyav (opencv gave memory rubbish for interlaced video with OpenCV 5; PyAV gives the same frames)",
-            lambda value: value == "pyav",
-        ),
-    )
+    decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
     num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
     allow_missing: bool = flag(
-        False,
-        "go on with other counts than the published ones and without videos that are missing or cannot be read; "
-        "results.json records it",
+        False, "go on with unexpected counts and without missing or unreadable videos; results.json records it"
     )
     allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; results.json records it")
 
@@ -80,11 +71,7 @@ class ModelOptions:
     cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept", type=Path)
     init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)
     finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
-    activation: str = flag(
-        "auto",
-        "MLP activation that the weights were trained with; auto: as the file says",
-        choices=("auto", "quick_gelu", "gelu"),
-    )
+    activation: str = flag("auto", "of the MLPs; auto: as the file says", choices=("auto", "quick_gelu", "gelu"))
     encoder: str = flag("clip", f"image and text towers: {', '.join(ENCODERS)}")
     sim_header: str = flag("meanP", f"similarity head: {', '.join(sorted(HEADS))}")
     loose_type: bool = flag(True, "text and video meet in the similarity only; false for tightTransf alone")
@@ -96,9 +83,7 @@ class ModelOptions:
     loss: str = flag("contrastive", f"loss of a batch of pairs: {', '.join(LOSSES)}")
     zeroshot: bool = flag(False, "refuse --finetuned_path, so that only pre-trained weights can be evaluated")
     compat: str = flag(
-        "none",
-        "compute as a source project does, also where it differs from what is right, to repeat its numbers",
-        choices=tuple(COMPAT),
+        "none", "compute as a source project does, right or not, to repeat its numbers", choices=tuple(COMPAT)
     )
 
 
@@ -110,10 +95,7 @@ class TrainOptions:
     batch_size: int = flag(128, "training pairs per step, over all processes", must_be=at_least(1))
     lr: float = flag(1e-4, "learning rate of heads, losses and new parts of an encoder", must_be=above(0))
     coef_lr: float = flag(
-        1e-3,
-        "the encoder learns at lr * coef_lr, but those parts of it that were in no file of weights at lr (with "
-        "--compat of a source project at lr * coef_lr, too)",
-        must_be=at_least(0),
+        1e-3, "the encoder learns at lr * coef_lr, parts of it in no file at lr (unless --compat)", must_be=at_least(0)
     )
     warmup_proportion: float = flag(
         0.1,
@@ -126,18 +108,13 @@ class TrainOptions:
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(
-        1,
-        "pieces in which a batch goes through the encoder, to save memory; loss and gradient stay those of the whole "
-        "batch",
-        must_be=at_least(1),
+        1, "pieces in which a batch is encoded, to save memory; the gradient stays that of all", must_be=at_least(1)
     )
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
     n_display: int = flag(50, "steps between log lines", must_be=at_least(1))
     save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only", must_be=at_least(0))
-    resume_model: Path | None = flag(
-        None, "checkpoint_last.pt to continue from; auto: the one in --output_dir, if any", type=Path
-    )
+    resume_model: Path | None = flag(None, "checkpoint_last.pt to go on; auto: that of --output_dir, if any", type=Path)
     select_on: str = flag(
         "auto",
         "the epoch with the best text-to-video R@1 on this split is kept; last: the last epoch; auto: val where the "
@@ -154,22 +131,16 @@ class RunOptions:
 
     do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
     do_eval: bool = flag(False, "evaluate the weights on --eval_split")
-    dry_run: bool = flag(
-        False, "do everything up to the first step: check options, data and weights, print the plan and stop"
-    )
+    dry_run: bool = flag(False, "check options, data and weights, as far as the first step, print the plan and stop")
     eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
     batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1))
     save_similarity: bool = flag(False, "also write similarity.npz")
     similarity_memory_mb: int = flag(
-        1024,
-        "heads that compare every text with every video do so in blocks that need about this much memory, in MiB",
-        must_be=at_least(1),
+        1024, "MiB for a block of pairs, of heads that compare every text with every video", must_be=at_least(1)
     )
     qb_norm: bool = flag(False, "also report QB-Norm, with captions of the training split as its query bank")
-    qb_size: int = flag(
-        10000, "--qb_norm: captions in the query bank, drawn with --seed; 0 takes all", must_be=at_least(0)
-    )
+    qb_size: int = flag(10000, "captions in --qb_norm's bank, drawn with --seed; 0 takes all", must_be=at_least(0))
     device: str = flag("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -183,6 +154,7 @@ class RunOptions:
 
 
 GROUPS: dict[str, type] = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
+ALL = [*GROUPS.values(), *(plugin.Options for registry in REGISTRIES for plugin in registry.values())]
 
 
 @dataclass(frozen=True)
@@ -208,8 +180,7 @@ class Options:
     @property
     def of_source(self) -> list[str]:
         """Flags that have the defaults of --compat's project."""
-        named = [name for name in COMPAT[self.model.compat].defaults if name not in self.given]
-        return [f"--{name} {self.values[name]}" for name in named]
+        return [f"--{n} {self.values[n]}" for n in COMPAT[self.model.compat].defaults if n not in self.given]
 
     @property
     def unlike_source(self) -> list[str]:
@@ -219,52 +190,35 @@ class Options:
         here = {name: self.values[name] for name in PARSER if name not in self.given}
         return [f"--{name} {value} ({PARSER[name]} there)" for name, value in here.items() if value != PARSER[name]]
 
-    def with_precision(self, precision: str) -> Options:
-        run = dataclasses.replace(self.run, precision=precision)
-        return dataclasses.replace(self, run=run, values={**self.values, "precision": precision})
-
 
 def plugin_flags(registry: Registry[Any]) -> dict[tuple[str, ...], list[dataclasses.Field]]:
     """The plug-ins' own flags: names of those that have them in common -> the flags.
 
     Plug-ins share flags where they have the same Options class, or where one extends that of another.
     """
-    owners: dict[dataclasses.Field, list[str]] = {}
-    for name in registry:
-        for field in dataclasses.fields(options_of(registry[name])):
-            owners.setdefault(field, []).append(name)
-    shared: dict[tuple[str, ...], list[dataclasses.Field]] = {}
-    for field, names in owners.items():
-        shared.setdefault(tuple(names), []).append(field)
-    return shared
-
-
-def all_options() -> list[type]:
-    """Every class whose fields are flags."""
-    return [*GROUPS.values(), *(options_of(plugin) for registry in REGISTRIES for plugin in registry.values())]
+    owners: dict[dataclasses.Field, tuple[str, ...]] = {}
+    for name, plugin in registry.items():
+        owners |= {field: (*owners.get(field, ()), name) for field in dataclasses.fields(plugin.Options)}
+    return {names: [field for field in owners if owners[field] == names] for names in owners.values()}
 
 
 def defaults(compat: str = "none") -> dict[str, Any]:
     """Flag -> the value that it has when it is not given."""
-    plain = {field.name: field.default for options in all_options() for field in dataclasses.fields(options)}
+    plain = {field.name: field.default for options in ALL for field in dataclasses.fields(options)}
     return plain | COMPAT[compat].defaults
 
 
 def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
     """`as_dict` of an earlier run, completed by the flags that its version of the code did not have."""
-    known = {k: str(v) if isinstance(v, Path) else v for k, v in defaults(values.get("compat", "none")).items()} | dict(
-        values
-    )
-    return known | {r.flag: choose(r, known, values) for r in REGISTRIES if r.flag not in values}
+    known = defaults(values.get("compat", "none")) | dict(values)
+    known |= {r.flag: choose(r, known, values) for r in REGISTRIES if r.flag not in values}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in known.items()}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``main_task_retrieval.py``. Flags that are not given leave no trace in its namespace."""
-    parser = argparse.ArgumentParser(
-        "main_task_retrieval.py",
-        allow_abbrev=False,
-        description="Video-text retrieval with CLIP: zero-shot evaluation, fine-tuning, evaluation of checkpoints.",
-    )
+    about = "Video-text retrieval with CLIP: zero-shot evaluation, fine-tuning, evaluation of checkpoints."
+    parser = argparse.ArgumentParser("main_task_retrieval.py", allow_abbrev=False, description=about)
     for title, group in GROUPS.items():
         add_flags(parser.add_argument_group(title, group.__doc__), dataclasses.fields(group))
     for registry in REGISTRIES:
@@ -275,9 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(argv: Sequence[str] | None = None) -> Options:
+def parse_options(argv: Sequence[str]) -> Options:
     """argv -> checked :class:`Options`. A bad flag, value or combination prints one line and exits with status 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     for name in (token.split("=")[0].lstrip("-") for token in argv if token.startswith("--")):
         if name in DEAD_FLAGS:
@@ -294,9 +247,8 @@ def resolve(given: Mapping[str, Any]) -> Options:
     """Flags given -> :class:`Options`. Raises ValueError about the first thing wrong, in words for the user."""
     named = {k: v for k, v in given.items() if v != "auto"}  # `auto` is what a flag has that is not given
     values = defaults(given.get("compat", "none")) | named
-    for group in all_options():
-        problem = out_of_range(from_flags(group, values))
-        if problem:
+    for group in ALL:
+        if problem := out_of_range(from_flags(group, values)):
             raise ValueError(problem)
     if values["fp16"]:
         if named.get("precision", "fp16") != "fp16":
@@ -311,7 +263,8 @@ def resolve(given: Mapping[str, Any]) -> Options:
     dataset = DATASETS[values["datatype"]]
     if values["select_on"] == "auto":
         values["select_on"] = "val" if "val" in dataset.splits else "test"
-    own = {r.flag: from_flags(options_of(r.get(values[r.flag])), values) for r in REGISTRIES}
+    chosen = {r.flag: r.get(values[r.flag]) for r in REGISTRIES}  # None for --interaction no
+    own = {name: from_flags(plugin.Options if plugin else NoOptions, values) for name, plugin in chosen.items()}
     groups = {name: from_flags(group, values) for name, group in GROUPS.items()}
     options = Options(**groups, own=own, values=values, given=frozenset(given), without_effect=tuple(without_effect))
     check_model(options)
@@ -331,10 +284,8 @@ def choose(registry: Registry[Any], values: Mapping[str, Any], named: Mapping[st
                 name = names[0]
     if registry is RULES and name == "auto":
         return DATASETS[values["datatype"]].frame_rule
-    if registry is INTERACTIONS and name == "no":
-        return name
-    if name not in registry:
-        known = sorted(registry) if registry is not INTERACTIONS else ["no", *registry]
+    known = [*(["no"] if registry is INTERACTIONS else []), *sorted(registry)]
+    if name not in known:
         raise ValueError(f"--{registry.flag} must be one of {', '.join(known)}, got {name}")
     return name
 
@@ -345,15 +296,12 @@ def unused_flags(registry: Registry[Any], values: Mapping[str, Any], named: Mapp
     Those of datasets, and those declared as tolerated, stand in old commands where they never had an effect.
     """
     chosen, found = values[registry.flag], []
-    own = {field.name for field in dataclasses.fields(options_of(registry.get(chosen)))}
     for names, flags in plugin_flags(registry).items():
         for field in flags:
-            if field.name in own or named.get(field.name, field.default) == field.default:
-                continue
-            message = foreign(registry, field.name, named[field.name], names, chosen)
-            if registry is not DATASETS and not field.metadata.get("tolerated"):
-                raise ValueError(message)
-            found.append(message)
+            if chosen not in names and named.get(field.name, field.default) != field.default:
+                found.append(foreign(registry, field.name, named[field.name], names, chosen))
+                if registry is not DATASETS and not field.metadata.get("tolerated"):
+                    raise ValueError(found[-1])
     return found
 
 
@@ -372,12 +320,9 @@ def check_model(options: Options) -> None:
         tight = " or ".join(name for name in HEADS if not HEADS[name].loose)
         raise ValueError(f"--loose_type=false belongs to --sim_header {tight}, got --sim_header {head.name}")
     if model.interaction != "no" and not head.separable:
-        raise ValueError(
-            f"--interaction {model.interaction} takes the place of --sim_header {head.name}'s similarity; "
-            "use it with meanP, seqLSTM or seqTransf"
-        )
-    problem = LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction)
-    if problem:
+        problem = f"--interaction {model.interaction} takes the place of --sim_header {head.name}'s similarity"
+        raise ValueError(f"{problem}; use it with meanP, seqLSTM or seqTransf")
+    if problem := LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction):
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]
     if options.run.precision == "half" and not encoder.has_half:
@@ -389,36 +334,36 @@ def check_model(options: Options) -> None:
 
 def check_run(options: Options) -> None:
     """Raises ValueError for a run that cannot be."""
-    data, model, train, run = options.data, options.model, options.train, options.run
+    model, train, run, values = options.model, options.train, options.run, options.values
+    datatype, pieces = options.data.datatype, train.gradient_accumulation_steps
+    dataset = DATASETS[datatype]
+    lists = dataset.split_flags.items()
+    missing = {split: f"--{name} ({example})" for split, (name, example) in lists if values[name] is None}
     if not (run.do_train or run.do_eval):
         raise ValueError("nothing to do: give --do_train, --do_eval or both")
     for name in ("output_dir", "data_path", "features_path"):
-        if options.values[name] is None:
+        if values[name] is None:
             raise ValueError(f"--{name} is required")
-    dataset = DATASETS[data.datatype]
-    for split, why in ((run.eval_split, ""), *((("train", " with --do_train"),) if run.do_train else ())):
-        name, example = dataset.split_flags.get(split, ("", ""))
-        if name and options.values[name] is None:
-            raise ValueError(f"--datatype {data.datatype}{why} needs --{name} ({example})")
+    if run.eval_split in missing:
+        raise ValueError(f"--datatype {datatype} needs {missing[run.eval_split]}")
+    if run.do_train and "train" in missing:
+        raise ValueError(f"--datatype {datatype} with --do_train needs {missing['train']}")
     for name in ("select_on", "eval_split"):
-        if options.values[name] == "val" and "val" not in dataset.splits:
-            raise ValueError(f"--{name} val: {data.datatype} has no val split; give test")
-    name, example = dataset.split_flags.get("train", ("", ""))
-    if run.qb_norm and name and options.values[name] is None:
-        raise ValueError(f"--qb_norm takes its query bank from the training captions; add --{name} ({example})")
-    if model.zeroshot and (run.do_train or model.finetuned_path or model.init_model):
-        wrong = "do_train" if run.do_train else "finetuned_path" if model.finetuned_path else "init_model"
-        raise ValueError(f"--zeroshot evaluates weights as they were pre-trained; leave it or --{wrong} out")
+        if values[name] == "val" and "val" not in dataset.splits:
+            raise ValueError(f"--{name} val: {datatype} has no val split; give test")
+    if run.qb_norm and "train" in missing:
+        raise ValueError(f"--qb_norm takes its query bank from the training captions; add {missing['train']}")
+    for name in ("do_train", "finetuned_path", "init_model"):
+        if model.zeroshot and values[name]:
+            raise ValueError(f"--zeroshot evaluates weights as they were pre-trained; leave it or --{name} out")
     if model.init_model and model.finetuned_path:
         raise ValueError("--init_model and --finetuned_path both name the weights to load; give one")
     if run.do_train and model.finetuned_path:
         raise ValueError("--finetuned_path is for evaluation; to train on from a checkpoint give --init_model")
     if train.resume_model and not run.do_train:
         raise ValueError("--resume_model continues a training run; add --do_train")
-    if train.resume_model and train.resume_model != AUTO and model.init_model:
+    if train.resume_model not in (None, AUTO) and model.init_model:
         raise ValueError("--resume_model already holds the weights; leave --init_model out")
-    if train.gradient_accumulation_steps > train.batch_size:
-        raise ValueError(
-            f"--gradient_accumulation_steps {train.gradient_accumulation_steps} exceeds --batch_size "
-            f"{train.batch_size}: a piece holds at least one pair"
-        )
+    if pieces > train.batch_size:
+        exceeds = f"--gradient_accumulation_steps {pieces} exceeds --batch_size {train.batch_size}"
+        raise ValueError(f"{exceeds}: a piece holds at least one pair")

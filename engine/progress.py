@@ -18,6 +18,7 @@ T = TypeVar("T")
 log = logging.getLogger("retrieval")
 SECONDS_BETWEEN_LINES = 15
 WAIT_WORTH_A_WARNING = 0.25  # share of the time spent waiting for the loader
+WAIT_REMEDY = "raise --num_thread_reader (if cores are idle), or make the videos smaller: preprocess/compress_video.py"
 STEPS_BEFORE_WARNING = 20
 
 
@@ -45,40 +46,32 @@ class Bar:
         """total: None if not known; unit: ``B`` counts bytes, in kB or MB; enabled: False on ranks other than 0."""
         self.description, self.total, self.done, self.unit, self.enabled = description, total, done, unit, enabled
         self.last_line = time.monotonic()
-        self.bar = None
-        if enabled and sys.stderr.isatty():
-            form: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True, "leave": False}
-            self.bar = tqdm(desc=description, total=total, initial=done, **form)
+        form: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True, "leave": False}
+        # disable=None: no bar where standard error is no terminal.
+        self.bar = tqdm(desc=description, total=total, initial=done, disable=None if enabled else True, **form)
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def advance(self, amount: int = 1, note: str = "", line: str = "", due: bool = False) -> None:
         """`amount` more is done. note: stands behind the bar; line: instead of the plain line; due: write it now."""
         self.done += amount
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(amount)
-        late = self.bar is None and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(amount)
+        late = self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
         if self.enabled and (due or late):
             self.last_line = time.monotonic()
-            log.info("%s", line or self._line())
-
-    def _line(self) -> str:
-        done, total = (
-            tqdm.format_sizeof(n, "B") if n is not None and self.unit == "B" else n for n in (self.done, self.total)
-        )
-        return f"{self.description}: {done}" + (f" of {total}" if total is not None else "")
+            known = [n for n in (self.done, self.total) if n is not None]
+            shown = " of ".join(tqdm.format_sizeof(n, "B") if self.unit == "B" else str(n) for n in known)
+            log.info("%s", line or f"{self.description}: {shown}")
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
+def progress(items: Any, description: str, enabled: bool = True) -> Iterator[Any]:
     """Pass `items` through, showing on a :class:`Bar` how many of them are done."""
-    total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-    with Bar(description, total, enabled=enabled) as bar:
+    with Bar(description, len(items), enabled=enabled) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -107,7 +100,10 @@ class EpochWatch:
                     self.busy += time.perf_counter() - got
                     self.timed += 1
                 first, asked = False, time.perf_counter()
-                self._warn_of_waiting()
+                if not self.warned and self.timed >= STEPS_BEFORE_WARNING and self.data_wait > WAIT_WORTH_A_WARNING:
+                    self.warned = True
+                    share = 100 * self.data_wait
+                    log.warning("%.0f %% of the time goes into waiting for data: %s", share, WAIT_REMEDY)
 
     @property
     def data_wait(self) -> float:
@@ -130,43 +126,22 @@ class EpochWatch:
         if self.timed:
             left = timedelta(seconds=round(self.time_left))
             speed = f"{self.clips_per_second:.1f} clips/s, {self.data_wait:.0%} waiting for data, {left} left"
-        self.bar.advance(
-            note=f"loss {loss:.4f}, lr {lr}, {speed}",
-            line=f"{self.bar.description} step {self.done}/{self.steps}  loss {loss:.4f}  gradient norm {norm:.2f}  "
-            f"lr {lr}  {speed}",
-            due=self.done % self.every == 0 or self.done == self.steps,
-        )
-
-    def _warn_of_waiting(self) -> None:
-        if self.warned or self.timed < STEPS_BEFORE_WARNING or self.data_wait <= WAIT_WORTH_A_WARNING:
-            return
-        self.warned = True
-        log.warning(
-            "%.0f %% of the time goes into waiting for data: raise --num_thread_reader (if there are idle cores), or "
-            "make the videos smaller with preprocess/compress_video.py",
-            100 * self.data_wait,
-        )
+        where, due = f"{self.bar.description} step {self.done}/{self.steps}", self.done % self.every == 0
+        line = f"{where}  loss {loss:.4f}  gradient norm {norm:.2f}  lr {lr}  {speed}"
+        self.bar.advance(1, f"loss {loss:.4f}, lr {lr}, {speed}", line, due or self.done == self.steps)
 
 
-class Scalars:
-    """TensorBoard's event files, or nothing when not asked for."""
-
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
-        """folder: None writes nothing. Points from `first_step` on, left by an interrupted run, are discarded."""
-        self.writer = open_tensorboard(folder, first_step) if folder else None
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+def add_scalars(writer: Any, values: dict[str, float], step: int) -> None:
+    """Points of TensorBoard's curves; nothing where `writer` is None."""
+    for name, value in values.items() if writer else ():
+        writer.add_scalar(name, value, step)
 
 
 def open_tensorboard(folder: Path | None, first_step: int = 0) -> Any:
-    """A SummaryWriter in `folder`; without a folder, only the check that there could be one. Raises ValueError."""
+    """A SummaryWriter in `folder`; without a folder, only the check that there could be one. Raises ValueError.
+
+    Points from `first_step` on, left by an interrupted run, are discarded.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

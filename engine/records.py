@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 
 from checkpoints.whole import file_sha256, write_whole
-from engine.build import Weights, head_options
+from engine.build import Weights
 from engine.data import RunData
 from engine.distributed import World
 from engine.evaluate import Evaluation
 from engine.options import Options
 from engine.progress import log
+from modules.encoders import Encoder
 from modules.metrics import LOOKS_AT
 from modules.model import VideoTextModel
 
@@ -47,9 +49,15 @@ def versions() -> dict[str, str]:
 
 
 def results(
-    evaluation: Evaluation, options: Options, model: VideoTextModel, weights: Path, beside: Mapping[str, Any]
+    evaluation: Evaluation,
+    options: Options,
+    encoder: Encoder,
+    world: World,
+    read: list[Path],
+    beside: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of results.json: what was measured, on what, how, with which weights. beside: their sidecar."""
+    """Of results.json: what was measured, on what, how, with which weights: the last of the weight files `read`, and
+    what stands beside it."""
     split = evaluation.split
     return {
         "dataset": split.dataset,
@@ -63,39 +71,43 @@ def results(
         "postprocessing": {kind: LOOKS_AT[kind] for kind in evaluation.metrics},
         "seconds": round(evaluation.seconds, 2),
         "options": options.as_dict(),
-        "weights": str(weights),
-        "tower": model.clip.tower,
-        "activation": model.clip.activation,
+        "weights": str(read[-1]),
+        "tower": encoder.tower,
+        "activation": encoder.activation,
         "trained_in": beside.get("precision"),
         "versions": versions(),
+        "folder": str(Path.cwd()),
+        "git": git_revision(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "processes": world.size,
+        "sha256": {
+            "annotations": {str(path): file_sha256(path) for path in annotation_paths(options)},
+            "weights": {str(path): file_sha256(path) for path in dict.fromkeys(read)},
+        },
     }
-
-
-def write_similarity(path: Path, evaluation: Evaluation) -> None:
-    """similarity.npz: `similarity` float32 [N, V], `caption_to_video`, `captions`, `video_ids`, `logit_scale` (the
-    factor in the similarities), `same_dsl_axis`, and with ``--qb_norm`` `bank_similarity` float32 [B, V].
-    """
-    split = evaluation.split
-    arrays = {
-        "similarity": evaluation.similarity.numpy(),
-        "caption_to_video": np.asarray(split.caption_to_video),
-        "captions": np.array(split.captions),
-        "video_ids": np.array([video.video_id for video in split.videos]),
-        "logit_scale": np.float64(evaluation.scale),
-        "same_dsl_axis": np.bool_(evaluation.same_dsl_axis),
-    }
-    if evaluation.bank is not None:
-        arrays["bank_similarity"] = evaluation.bank.numpy()
-    write_whole(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Options) -> None:
-    """results.json, and with --save_similarity similarity.npz."""
-    folder, similarity = options.run.output_dir, options.run.output_dir / SIMILARITY
-    similarity.unlink(missing_ok=True)  # one of an earlier run would belong to other results
+    """results.json with `found`, and with --save_similarity similarity.npz.
+
+    That holds `similarity` float32 [N, V], `caption_to_video`, `captions`, `video_ids`, `logit_scale` (the factor in
+    the similarities), `same_dsl_axis`, and with --qb_norm `bank_similarity` float32 [B, V].
+    """
+    folder, split = options.run.output_dir, evaluation.split
+    (folder / SIMILARITY).unlink(missing_ok=True)  # one of an earlier run would belong to other results
     write_json(folder / RESULTS, found)
     if options.run.save_similarity:
-        write_similarity(similarity, evaluation)
+        arrays = {
+            "similarity": evaluation.similarity.numpy(),
+            "caption_to_video": np.asarray(split.caption_to_video),
+            "captions": np.array(split.captions),
+            "video_ids": np.array([video.video_id for video in split.videos]),
+            "logit_scale": np.float64(evaluation.scale),
+            "same_dsl_axis": np.bool_(evaluation.same_dsl_axis),
+        }
+        if evaluation.bank is not None:
+            arrays["bank_similarity"] = evaluation.bank.numpy()
+        write_whole(folder / SIMILARITY, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
     log.info("wrote %s", folder / RESULTS)
 
 
@@ -107,13 +119,11 @@ def write_history(path: Path, lines: list[dict[str, Any]]) -> None:
 def annotation_paths(options: Options) -> list[Path]:
     """The annotation files of a run; of a folder all that could be some, as they lie at its top."""
     found: list[Path] = []
-    lists = [value for value in vars(options.own["datatype"]).values() if isinstance(value, Path)]
-    for path in (options.data.data_path, *lists):
-        if path and path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.is_file() and p.suffix in ANNOTATION_SUFFIXES)
-        elif path and path.is_file():
-            found.append(path)
-    return found
+    for path in (options.data.data_path, *vars(options.own["datatype"]).values()):
+        if isinstance(path, Path):
+            inside = sorted(path.iterdir()) if path.is_dir() else []
+            found += [path, *(file for file in inside if file.suffix in ANNOTATION_SUFFIXES)]
+    return [path for path in found if path.is_file()]
 
 
 def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
@@ -130,37 +140,17 @@ def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
     return {"revision": revision.strip(), "modified": bool(changes.strip())}
 
 
-def device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-
-
-def provenance(
-    argv: Sequence[str], options: Options, weights: Iterable[Path], world: World, seconds: float
-) -> dict[str, Any]:
-    """Keys of results.json. `argv`: the flags as given; `weights`: files read; `seconds`: of the whole run."""
-    return {
-        "command": ["main_task_retrieval.py", *argv],
-        "folder": str(Path.cwd()),
-        "git": git_revision(),
-        "device": device_name(world),
-        "processes": world.size,
-        "run_seconds": round(seconds, 1),
-        "sha256": {
-            "annotations": {str(path): file_sha256(path) for path in annotation_paths(options)},
-            "weights": {str(path): file_sha256(path) for path in weights},
-        },
-    }
-
-
 def sidecar(model: VideoTextModel, options: Options, data: RunData) -> dict[str, Any]:
     """What stands beside weights that a run saves: how to build the model, and on what it was trained."""
     flags = options.as_dict()
+    head: Any = model.head
+    temporal = asdict(head.temporal.options) if hasattr(head, "temporal") else {}
     return {
         "activation": model.clip.activation,
         "encoder": model.clip.spec,
         "sim_header": options.model.sim_header,
         "interaction": options.model.interaction,
-        "head_options": head_options(model),
+        "head_options": temporal | asdict(head.options),
         "loss": options.model.loss,
         "precision": options.run.precision,
         "selected_on": options.train.select_on,
@@ -172,39 +162,37 @@ def sidecar(model: VideoTextModel, options: Options, data: RunData) -> dict[str,
 def warn_of_other_settings(trained: Mapping[str, Any], options: Options) -> None:
     """Say where a checkpoint of ours is evaluated with other settings than it was trained with."""
     now = options.as_dict()
-    differing = [
-        f"--{name} {trained[name]} -> {now[name]}"
-        for name in SETTINGS
-        if name in trained and trained[name] != now[name]
-    ]
+    changed = [name for name in SETTINGS if name in trained and trained[name] != now[name]]
+    differing = [f"--{name} {trained[name]} -> {now[name]}" for name in changed]
     if differing and not options.run.do_train:
         log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
 
 
-def plan(options: Options, world: World, data: RunData, weights: Weights, steps: int, items: int) -> list[str]:
-    """What a run would do, in lines. steps: of an epoch; items: of training."""
+def plan(options: Options, world: World, data: RunData, weights: Weights, pairs: Any) -> list[str]:
+    """What a run would do, in lines. pairs: the loader of training."""
     run, training, scored = options.run, options.train, data.scored
     lines = [f"--{name} {value}" for name, value in options.as_dict().items()]
-    source: Weights | None = weights
-    while source:
-        lines.append(f"weights: {source.path} ({source.what()})")
-        source = source.clip
+    for source in (weights, *([weights.clip] if weights.clip else [])):
+        told = f"of --{source.flag}" if source.path.exists() else "will be downloaded"
+        lines.append(f"weights: {source.path} ({told})")
     lines.append(f"on: {world.device}, {world.size} process(es), {run.precision}")
     files = [RESULTS, *([SIMILARITY] if run.save_similarity else [])]
     if data.train is not None:
+        size, pieces, epochs = training.batch_size, training.gradient_accumulation_steps, training.epochs
         lines += [
-            f"train: {len(data.train.videos)} videos, {items} items; --batch_size {training.batch_size} = "
-            f"{world.size} process(es) x {training.batch_size // world.size}, in "
-            f"{training.gradient_accumulation_steps} piece(s); {training.epochs} epochs x {steps} steps = "
-            f"{training.epochs * steps} steps",
+            f"train: {len(data.train.videos)} videos, {len(pairs.dataset)} items; --batch_size {size} = {world.size} "
+            f"process(es) x {size // world.size}, in {pieces} piece(s); {epochs} epochs x {len(pairs)} steps = "
+            f"{epochs * len(pairs)} steps",
             f"selects the epoch on: {training.select_on} ({len(data.selection.videos)} videos)",
         ]
         files += [HISTORY, SELECTED, f"{SELECTED}.json", LAST]
-    lines.append(
-        f"evaluate: {scored.dataset} {scored.name}: {len(scored.videos)} videos, {len(scored.captions)} captions, "
-        f"{run.batch_size_val} clips a batch and process"
-    )
     paths = [run.output_dir / name for name in files]
     written = (f"{path}{' (overwritten)' if path.exists() else ''}" for path in paths)
     left = "" if all(path.exists() for path in weights.files()) else "; the weights are yet to be downloaded"
-    return [*lines, f"writes: {', '.join(written)}", f"dry run: nothing is wrong up to the first step{left}"]
+    return [
+        *lines,
+        f"evaluate: {scored.dataset} {scored.name}: {len(scored.videos)} videos, {len(scored.captions)} captions, "
+        f"{run.batch_size_val} clips a batch and process",
+        f"writes: {', '.join(written)}",
+        f"dry run: nothing is wrong up to the first step{left}",
+    ]

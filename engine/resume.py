@@ -25,7 +25,7 @@ from checkpoints.read import CheckpointError
 from checkpoints.whole import write_whole
 from engine.build import checkpoint_tensors, load_weights
 from engine.distributed import agree, barrier, gather_objects
-from engine.options import recorded
+from engine.options import AUTO, recorded
 from engine.progress import log
 from engine.records import LAST, SELECTED
 from engine.step import Trainer, random_state, set_random_state
@@ -92,9 +92,6 @@ class Progress:
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
 
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.losses, self.dropped, self.seconds = self.epoch + 1, 0, [], [], 0.0
-
 
 def save_last(folder: Path, trainer: Trainer, state: Progress, record: dict[str, Any]) -> None:
     """Write checkpoint_last.pt (rank 0; all ranks must call it). The one before stays until the new one is whole.
@@ -121,23 +118,21 @@ def find_last(wanted: Path | None, folder: Path) -> Path | None:
 
     Raises CheckpointError when the ranks disagree.
     """
-    if wanted is None or str(wanted) != "auto":
+    if wanted != AUTO:
         return wanted
     path = folder / LAST
     seen = agree(path.is_file())[:, 0]
-    if seen.any() and not seen.all():
-        raise CheckpointError(
-            f"--resume_model auto: {path} is seen by ranks {seen.nonzero().flatten().tolist()} "
-            "only; --output_dir must be on a file system that all hosts share"
-        )
-    if not seen.all():
-        log.info("--resume_model auto: no %s yet, a fresh start", path)
-        return None
-    return path
+    if seen.all():
+        return path
+    if seen.any():
+        told = f"--resume_model auto: {path} is seen by ranks {seen.nonzero().flatten().tolist()} only"
+        raise CheckpointError(f"{told}; --output_dir must be on a file system that all hosts share")
+    log.info("--resume_model auto: no %s yet, a fresh start", path)
+    return None
 
 
 def load_last(path: Path) -> dict[str, Any]:
-    """Read a checkpoint_last.pt. Raises CheckpointError for anything else."""
+    """Read a checkpoint_last.pt; ``source`` is its path. Raises CheckpointError for anything else."""
     if not path.is_file():
         raise CheckpointError(f"--resume_model {path}: no such file; it takes the checkpoint_last.pt of a run, or auto")
     try:
@@ -147,11 +142,9 @@ def load_last(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"model", "optimizer", "progress", "options"} <= content.keys():
         raise CheckpointError(f"--resume_model {path} is not a checkpoint_last.pt; for plain weights give --init_model")
     if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"--resume_model {path} is of version {content.get('version')}, this code writes and "
-            f"reads {VERSION}; go on with the code that wrote it"
-        )
-    return content
+        told = f"--resume_model {path} is of version {content.get('version')}, this code writes and reads {VERSION}"
+        raise CheckpointError(f"{told}; go on with the code that wrote it")
+    return content | {"source": path}
 
 
 # Options that a resumed run may change: where things lie, what is shown or written besides, how it is read.
@@ -169,20 +162,14 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
 
     Raises CheckpointError that lists what differs and matters; warns of what may change the last bits.
     """
-    before, now = recorded(content["options"]), record["options"]
+    before, now, facts = recorded(content["options"]), record["options"], content["facts"]
     differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     words = {k: f"--{k} {before.get(k, '(not known)')} -> {now.get(k, '(not known)')}" for k in differing}
     refused = [words[k] for k in differing if k not in HARMLESS | ROUNDING]
-    refused += [
-        f"{name} {content['facts'].get(name)} -> {value}"
-        for name, value in record["facts"].items()
-        if content["facts"].get(name) != value
-    ]
+    refused += [f"{k} {facts.get(k)} -> {value}" for k, value in record["facts"].items() if facts.get(k) != value]
     if refused:
-        raise CheckpointError(
-            f"--resume_model: the run was made with other options: {'; '.join(refused)}. Give those "
-            "of the interrupted run, or start anew in another --output_dir"
-        )
+        told = f"--resume_model: the run was made with other options: {'; '.join(refused)}"
+        raise CheckpointError(f"{told}. Give those of the interrupted run, or start anew in another --output_dir")
     rounding = [words[k] for k in differing if k in ROUNDING]
     if len(content["random"]) != ranks:
         rounding.append(f"{len(content['random'])} processes -> {ranks}")
@@ -190,11 +177,12 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
         log.warning("resumed with %s: exact but for rounding, so not bit-identical", "; ".join(rounding))
 
 
-def resume(content: dict[str, Any], source: Path, trainer: Trainer, record: dict[str, Any], folder: Path) -> Progress:
-    """Put a run back where `content`, read from `source`, left it; `folder` is the output folder now.
+def resume(content: dict[str, Any], trainer: Trainer, record: dict[str, Any], folder: Path) -> Progress:
+    """Put a run back where `content` of :func:`load_last` left it; `folder` is the output folder now.
 
     Raises CheckpointError when options that matter differ.
     """
+    source = content["source"]
     check_options(content, record, trainer.world.size)
     theirs, ours = content["optimizer"]["param_groups"], trainer.optimizer.param_groups
     if [group["names"] for group in theirs] != [group["names"] for group in ours]:
@@ -217,11 +205,10 @@ def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool)
     wanted = folder / SELECTED
     if is_main and state.best_epoch >= 0 and not (wanted.exists() and source.resolve().parent == folder.resolve()):
         for name in (f"{SELECTED}.json", SELECTED):  # the weights last, as when they are first written
-            if not (source.parent / name).is_file():
-                raise CheckpointError(
-                    f"--resume_model {source}: the best weights so far, {source.parent / name}, are "
-                    f"gone; put them beside it or into {folder}"
-                )
-            with open(source.parent / name, "rb") as there:
+            best = source.parent / name
+            if not best.is_file():
+                told = f"--resume_model {source}: the best weights so far, {best}, are gone"
+                raise CheckpointError(f"{told}; put them beside it or into {folder}")
+            with open(best, "rb") as there:
                 write_whole(folder / name, partial(shutil.copyfileobj, there))
     barrier()

@@ -23,7 +23,7 @@ from engine.evaluate import autocast
 from engine.options import TrainOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
-from modules.representation import Representation, as_parts, pad_to
+from modules.representation import Representation, as_parts, concat, each, pad_to
 from modules.transformer import Transformer
 
 
@@ -44,14 +44,7 @@ def build_optimizer(model: VideoTextModel, options: TrainOptions, compat: Compat
     named = [(parameter_name(name), parameter) for name, parameter in model.named_parameters()]
     new = model.new_parts if compat.new_parts_at_lr else ()
     groups = parameter_groups(named, options.lr, options.coef_lr, options.weight_decay, compat.decays_all, new)
-    return BertAdam(
-        groups,
-        lr=options.lr,
-        warmup=options.warmup_proportion,
-        t_total=total_steps,
-        betas=(0.9, 0.98),
-        weight_decay=options.weight_decay,
-    )
+    return BertAdam(groups, lr=options.lr, warmup=options.warmup_proportion, t_total=total_steps, betas=(0.9, 0.98))
 
 
 def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool, compile_towers: bool) -> None:
@@ -59,26 +52,23 @@ def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool,
 
     Names of parameters stay as they are. Raises ValueError when torch.compile has no C++ compiler to use.
     """
-    stacks = [module for module in model.modules() if isinstance(module, Transformer)]
-    for stack in stacks:
-        stack.checkpointing = grad_checkpointing
-    if compile_towers:
-        if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            raise ValueError(
-                "--compile needs a C++ compiler on the CPU and none is on PATH: install g++, or leave --compile out"
-            )
-        for stack in stacks:
-            stack.compile()
+    if compile_towers and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("--compile needs a C++ compiler on the CPU and none is on PATH: install g++, or leave it out")
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.checkpointing = grad_checkpointing
+            if compile_towers:
+                module.compile()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Every generator of this process, in types that torch.load reads with weights_only."""
     legacy: Any = np.random.get_state()
-    name, keys, position, has_gauss, gauss = legacy
+    name, keys, *rest = legacy
     state = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
     }
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -114,14 +104,6 @@ class Shares:
         text, video = (batch.token_ids, batch.token_mask), (batch.frames, batch.frame_mask)
         wanted = [(x, self.tokens) for x in text] + [(x, self.frames) for x in video]
         return tuple(pad_to(x, (len(x), longest, *x.shape[2:])) for x, longest in wanted)
-
-
-def _leaves(parts: Sequence[Representation]) -> Representation:
-    """Representations of the pieces -> that of the whole, as leaves whose gradient will be wanted (masks excepted)."""
-    if isinstance(parts[0], Tensor):
-        whole = torch.cat(list(parts))
-        return whole.requires_grad_(whole.is_floating_point())
-    return tuple(_leaves([part[i] for part in parts]) for i in range(len(parts[0])))
 
 
 def cached_backward(
@@ -160,7 +142,8 @@ def cached_backward(
         for job in jobs:
             states.append(random_state(device))
             outputs.append(encode(job))
-    text, video = _leaves(outputs[:texts]), _leaves(outputs[texts:])
+    sides = (concat(outputs[:texts]), concat(outputs[texts:]))
+    text, video = (each(side, lambda x: x.requires_grad_(x.is_floating_point())) for side in sides)
     del outputs
     with autocast():
         loss = model.loss(gather(text), gather(video), draws)
@@ -197,12 +180,9 @@ class Trainer:
         self.wrapped: nn.Module = self.model
         if self.world.size > 1 and self.pieces == 1:
             # A static graph: heads may leave parameters unused, and checkpointing may use one twice.
-            self.wrapped = DistributedDataParallel(
-                self.model,
-                device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None,
-                static_graph=True,
-                gradient_as_bucket_view=True,
-            )
+            mine = [self.world.device.index] if self.world.device.type == "cuda" else None
+            how = {"device_ids": mine, "static_graph": True, "gradient_as_bucket_view": True}
+            self.wrapped = DistributedDataParallel(self.model, **how)
         else:
             broadcast_parameters(self.model.parameters())
 

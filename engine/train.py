@@ -18,14 +18,12 @@ from engine.data import Loaders, RunData
 from engine.distributed import agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
 from engine.options import TrainOptions
-from engine.progress import EpochWatch, Scalars, log, peak_memory_mb
+from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
 from engine.records import HISTORY, SELECTED, sidecar, write_history, write_json
 from engine.resume import Progress, StopRequest, resume, save_last
 from engine.step import NonFiniteError, Shares, Trainer, TrainingError, build_optimizer, trade
 from modules.metrics import format_metrics
 from modules.model import VideoTextModel
-
-BAD_BATCH = "nonfinite_batch.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Training:
     beside: dict[str, Any]
     state: Progress
     stop: StopRequest
-    scalars: Scalars
+    writer: Any  # of TensorBoard, None without
 
     def save(self) -> None:
         """All ranks must call it."""
@@ -70,7 +68,7 @@ def train_epoch(run: Training) -> dict[str, Any]:
         for batch in watch.batches(run.loader) if state.step < steps else ():
             for failure in batch.failures:
                 log.warning("dropped from training: %s", failure.message)
-                state.dropped += [failure.video_id] if failure.video_id not in state.dropped else []
+                state.dropped.append(failure.video_id)
             shares = Shares.of(batch, run.stop.received)
             if not shares.signal:
                 state.step += 1
@@ -108,10 +106,9 @@ def _step(run: Training, batch: Any, shares: Shares, watch: EpochWatch) -> None:
     try:
         loss, norm = run.trainer.step(batch, shares)
     except NonFiniteError as error:
-        path = run.folder / BAD_BATCH
+        path = run.folder / "nonfinite_batch.json"
         if run.trainer.world.is_main:
-            found = {"epoch": state.epoch, "step": state.step, "what": error.what, "video_ids": error.video_ids}
-            write_json(path, found)
+            write_json(path, {"epoch": state.epoch, "step": state.step, **vars(error)})
         barrier()
         raise TrainingError(
             f"epoch {state.epoch + 1} step {state.step}: {error.what}. The weights were not updated and "
@@ -123,26 +120,20 @@ def _step(run: Training, batch: Any, shares: Shares, watch: EpochWatch) -> None:
     shown = {"loss": loss, "gradient_norm": norm, "lr": max(rates)}
     shown |= {"clips_per_second": watch.clips_per_second, "data_wait": watch.data_wait}
     step = state.epoch * len(run.loader) + state.step
-    run.scalars.add({f"train/{name}": value for name, value in shown.items()}, step)
+    add_scalars(run.writer, {f"train/{name}": value for name, value in shown.items()}, step)
 
 
 def fine_tune(
-    model: VideoTextModel,
-    loaders: Loaders,
-    data: RunData,
-    resumed: dict[str, Any] | None,
-    last: Path | None,
-    stop: StopRequest,
+    model: VideoTextModel, loaders: Loaders, data: RunData, resumed: dict[str, Any] | None, stop: StopRequest
 ) -> Evaluation | None:
     """Train, keeping the weights of the best epoch (--select_on last: of the last) as pytorch_model.bin.
 
     Best is the highest text-to-video R@1; on a tie the later epoch is kept. Returns its evaluation if it was the last.
-    resumed: what `last`, the checkpoint to go on from, holds.
+    resumed: the checkpoint to go on from.
     """
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
     training, loader = options.train, loaders.training_pairs(data.train)
-    items: Any = loader.dataset
-    log.info(f"training: {len(data.train.videos)} videos, {len(items)} items, {len(loader)} steps an epoch")
+    log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
     trade(model, world.device, training.grad_checkpointing, training.compile)
     optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
     pieces = training.gradient_accumulation_steps
@@ -151,31 +142,28 @@ def fine_tune(
     record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
     if world.is_main:
         remove_leftovers(folder)
-    state = resume(resumed, last, trainer, record, folder) if resumed else Progress()
-    scalars = Scalars(
-        folder / "tensorboard" if training.tensorboard and world.is_main else None,
-        first_step=state.epoch * len(loader) + state.step + 1,
-    )
+    state = resume(resumed, trainer, record, folder) if resumed else Progress()
+    curves = folder / "tensorboard" if training.tensorboard and world.is_main else None
+    writer = curves and open_tensorboard(curves, first_step=state.epoch * len(loader) + state.step + 1)
     beside = sidecar(model, options, data)
     evaluation = None
-    run = Training(trainer, loader, training, folder, record, beside, state, stop, scalars)
+    run = Training(trainer, loader, training, folder, record, beside, state, stop, writer)
     for epoch in range(state.epoch, training.epochs):
         if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
             torch.manual_seed(trainer.seed * 1_000_003 + epoch * world.size + world.rank)
         line = train_epoch(run)
         evaluation = evaluate(model, data.selection, loaders)
-        log.info(
-            f"epoch {epoch + 1}/{training.epochs}: loss {line['loss']:.4f}, {line['seconds']:.0f} s, "
-            f"{line['clips_per_second']:.1f} clips/s, peak memory {line['peak_memory_mb']} MiB; "
-            f"evaluation {evaluation.seconds:.0f} s\n{format_metrics(evaluation.metrics)}"
-        )
+        told = "loss {loss:.4f}, {seconds:.0f} s, {clips_per_second:.1f} clips/s, peak memory {peak_memory_mb} MiB"
+        told = f"epoch {epoch + 1}/{training.epochs}: {told.format(**line)}; evaluation {evaluation.seconds:.0f} s"
+        log.info(f"{told}\n{format_metrics(evaluation.metrics)}")
         name = evaluation.split.name
         for direction, measured in evaluation.metrics["raw"].items():
             values = {f"{name}/{direction}_{metric}": value for metric, value in measured.items()}
-            scalars.add(values, (epoch + 1) * len(loader))
+            add_scalars(writer, values, (epoch + 1) * len(loader))
         with stop.deferred():
             _close_epoch(run, line | {"evaluated_on": name, "metrics": evaluation.metrics})
-    scalars.close()
+    if writer:
+        writer.close()
     log.info("selected epoch %d: text-to-video R@1 %.1f", state.best_epoch + 1, state.best_score)
     return evaluation if state.best_epoch == training.epochs - 1 else None
 
@@ -193,6 +181,6 @@ def _close_epoch(run: Training, line: dict[str, Any]) -> None:
         for name in [SELECTED] * selected + [f"{SELECTED}.{state.epoch}"] * run.options.keep_epochs:
             save_checkpoint(run.folder / name, checkpoint_tensors(run.trainer.model), made)
         write_history(run.folder / HISTORY, state.history)
-    state.next_epoch()
+    state.epoch, state.step, state.losses, state.dropped, state.seconds = state.epoch + 1, 0, [], [], 0.0
     run.save()
     barrier()

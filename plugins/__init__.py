@@ -55,9 +55,8 @@ def flag(
     """
     if type is None:
         type = parse_bool if isinstance(default, bool) else default.__class__
-    return dataclasses.field(
-        default=default, metadata={"help": help, "type": type, "choices": choices, "must_be": must_be, **more}
-    )
+    about = {"help": help, "type": type, "choices": choices, "must_be": must_be, **more}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def add_flags(section: Any, fields: Iterable[dataclasses.Field]) -> None:
@@ -66,17 +65,13 @@ def add_flags(section: Any, fields: Iterable[dataclasses.Field]) -> None:
     A flag that is not given leaves no trace in the parsed namespace; its default is that of its field.
     """
     for field in fields:
-        about: dict[str, Any] = {
-            "type": field.metadata["type"],
-            "choices": field.metadata["choices"],
-            "default": argparse.SUPPRESS,
-        }
+        about: dict[str, Any] = {name: field.metadata[name] for name in ("type", "choices")}
         text, shown = field.metadata["help"], field.default
         if isinstance(shown, bool):
             about |= {"nargs": "?", "const": True, "metavar": "BOOL"}
             shown = str(shown).lower()
         text += f" (default: {shown})" if shown is not None else ""
-        section.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **about)
+        section.add_argument(f"--{field.name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS, **about)
 
 
 def from_flags(options: type, given: Mapping[str, Any]) -> Any:
@@ -128,8 +123,3 @@ class Registry(dict[str, T]):
 
     def __missing__(self, name: str) -> T:
         raise KeyError(f"--{self.flag} must be one of {', '.join(sorted(self))}, got {name}")
-
-
-def options_of(plugin: Any) -> type:
-    """The class of a plug-in's own flags."""
-    return getattr(plugin, "Options", NoOptions)

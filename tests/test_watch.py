@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import progress
-from engine.progress import Bar, EpochWatch, Scalars, log, open_tensorboard, peak_memory_mb
+from engine.progress import Bar, EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
 from main_task_retrieval import main
 
 
@@ -142,14 +142,12 @@ def test_scalars(monkeypatch, tmp_path):
             self.calls.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    scalars = Scalars(tmp_path, first_step=7)
-    scalars.add({"train/loss": 0.5}, 7)
-    scalars.close()
+    writer = open_tensorboard(tmp_path, first_step=7)
+    add_scalars(writer, {"train/loss": 0.5}, 7)
+    writer.close()
     assert made[0].calls == [(str(tmp_path), 7), ("train/loss", 0.5, 7), "closed"]
     assert open_tensorboard(None) is None
-    silent = Scalars(None)
-    silent.add({"train/loss": 0.5}, 7)
-    silent.close()
+    add_scalars(None, {"train/loss": 0.5}, 7)
     assert len(made) == 1
 
 

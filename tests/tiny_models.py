@@ -11,7 +11,7 @@ from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel
-from plugins import from_flags, options_of
+from plugins import from_flags
 
 SIZES = ClipSizes(
     embed_dim=64,
@@ -44,22 +44,22 @@ def make_head(sim_header: str, sizes: Sizes, interaction: str = "no", **settings
         **{f.name: settings[f.name] for f in dataclasses.fields(Conventions) if f.name in settings}
     )
     plugin = HEADS[sim_header]
-    head = plugin(sizes, from_flags(options_of(plugin), settings), conventions)
+    head = plugin(sizes, from_flags(plugin.Options, settings), conventions)
     if interaction == "no":
         return head
     token_wise = INTERACTIONS[interaction]
-    return token_wise(head, from_flags(options_of(token_wise), settings))
+    return token_wise(head, from_flags(token_wise.Options, settings))
 
 
 def make_encoder(name: str, sizes: ClipSizes, **options) -> torch.nn.Module:
-    return ENCODERS[name](sizes, "quick_gelu", from_flags(options_of(ENCODERS[name]), options))
+    return ENCODERS[name](sizes, "quick_gelu", from_flags(ENCODERS[name].Options, options))
 
 
 def make_model(encoder, sim_header: str, interaction: str = "no", scaled: bool = True, **settings) -> VideoTextModel:
     """A model around an encoder; with settings of --cdcr its loss."""
     head = make_head(sim_header, encoder.head_sizes, interaction, **settings)
     loss = LOSSES["cdcr" if settings.get("cdcr") else "contrastive"]
-    return VideoTextModel(encoder, head, loss(from_flags(options_of(loss), settings)), scaled)
+    return VideoTextModel(encoder, head, loss(from_flags(loss.Options, settings)), scaled)
 
 
 def tiny_model(
