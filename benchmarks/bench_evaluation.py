@@ -4,8 +4,6 @@ The other side does what CLIP4Clip and InternVideo do on MSVD: batches of (capti
 encoded anew for each of its captions. Same model, same decoder, same matrix; both sides run in turn in one process.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from functools import partial

@@ -9,8 +9,6 @@ Printed: the medians of the peak, of the part of it that the step adds to model,
 ("step"), both in MiB, and of the step's seconds; and their ratios. The losses of both must agree.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -9,8 +9,6 @@ First a small CLIP learns, with meanP, what clips show. From it every head start
 same steps on the pairs of the training split; a batch holds whole pairs, so that order is what is left to learn.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -9,8 +9,6 @@ Contenders, one thread each, in random order within every round, on files made h
 Printed: the median time of each, and the median over rounds of (their time / our time).
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

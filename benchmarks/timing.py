@@ -1,7 +1,5 @@
 """Contenders timed in one process, in turn."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

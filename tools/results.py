@@ -6,11 +6,7 @@ Runs that differ in nothing but --seed and --output_dir share a row: mean ± sta
 them. Rows whose post-processing looks at other queries say "transductive"; compare them with each other only.
 """
 
-from __future__ import annotations
-
 import argparse
-import csv
-import io
 import json
 import statistics
 import sys
@@ -18,14 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modules.metrics import LOOKS_AT
-from tools.runs import head_of, read_run, tower_of
+from tools.published import head_of, read_run, tower_of
 
 COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
-HEAD = ("run", "dataset", "split", "videos", "captions", "tower", "head", "post-processing", "runs")
 APART = ("seed", "output_dir")
 
 
@@ -42,49 +39,41 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Header and rows of text."""
+def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A row of text for each kind of run and post-processing."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in runs:
         groups.setdefault(kind_of_run(found), []).append(found)
-    rows = [[*HEAD, *(f"{direction} {name}" for direction in ("t2v", "v2t") for name in COLUMNS)]]
+    rows = []
     for group in groups.values():
         first = group[0]
-        counts = first["n_videos"], first["n_captions"]
-        setup = first["name"], first["dataset"], first["split"], *counts, tower_of(first), head_of(first["options"])
+        setup: dict[str, Any] = {"run": first["name"], "dataset": first["dataset"], "split": first["split"]}
+        setup |= {"videos": first["n_videos"], "captions": first["n_captions"]}
+        setup |= {"tower": tower_of(first), "head": head_of(first["options"])}
         for kind, both in first["metrics"].items():
             label = f"{kind} (transductive)" if "(transductive)" in LOOKS_AT.get(kind, "") else kind
-            numbers = [
-                cell([run["metrics"][kind][direction][name] for run in group]) if direction in both else ""
-                for direction in ("t2v", "v2t")
+            numbers = {
+                f"{direction} {name}": cell([run["metrics"][kind][direction][name] for run in group])
+                for direction in both
                 for name in COLUMNS
-            ]
-            rows.append([*map(str, setup), label, str(len(group)), *numbers])
-    return rows
+            }
+            rows.append(setup | {"post-processing": label, "runs": len(group)} | numbers)
+    return pd.DataFrame(rows).fillna("").astype(str)
 
 
-def as_markdown(rows: list[list[str]]) -> str:
-    lines = [" | ".join(text.replace("|", "\\|") for text in row) for row in rows]
-    lines.insert(1, " | ".join(["---"] * len(rows[0])))
-    return "\n".join(f"| {line} |" for line in lines)
+def as_markdown(rows: pd.DataFrame) -> str:
+    lines = [rows.columns, ["---"] * len(rows.columns), *rows.replace(r"\|", r"\\|", regex=True).to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_csv(rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().rstrip("\n")
+def as_csv(rows: pd.DataFrame) -> str:
+    return rows.to_csv(index=False).rstrip("\n")
 
 
-def as_latex(rows: list[list[str]]) -> str:
+def as_latex(rows: pd.DataFrame) -> str:
     """A tabular for the booktabs package."""
-    special: dict[str, Any] = {sign: f"\\{sign}" for sign in "&%_#${}"} | {
-        "\\": r"\textbackslash{}",
-        "±": r"$\pm$",
-    }
-    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    head, *body = (" & ".join(text.translate(str.maketrans(special)) for text in row) + r" \\" for row in rows)
-    begin = rf"\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * (len(rows[0]) - len(HEAD))}}}"
-    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
+    align = "".join("r" if name.startswith(("t2v", "v2t")) else "l" for name in rows.columns)
+    return rows.to_latex(index=False, escape=True, column_format=align).rstrip("\n").replace("±", r"$\pm$")
 
 
 FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}

@@ -7,8 +7,6 @@ checks its data before it measures. A dataset that fails does not stop the other
 results are there from the same weights and flags, and runs the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -20,11 +18,11 @@ from pathlib import Path
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.records import ROOT
+from tools.published import read_run
 from tools.results import as_markdown, table
-from tools.runs import read_run
 
 DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")  # with a script in zeroshot_scripts
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
@@ -35,15 +33,6 @@ def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
         return same_flags and found["options"]["pretrained_path"] == str(weights)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def evaluate(datatype: str, data: Path, out: Path, weights: Path, flags: Sequence[str]) -> int:
-    """Run the dataset's own script; returns its exit status."""
-    script = ROOT / "zeroshot_scripts" / f"eval_{'activitynet' if datatype == 'activity' else datatype}.sh"
-    places = {"DATA_PATH": str(data), "OUTPUT": str(out), "WEIGHTS": str(weights)}
-    environment = {k: v for k, v in os.environ.items() if k != "VIDEO_PATH"}  # each dataset has videos of its own
-    environment = {"PYTHON": sys.executable} | environment | places
-    return subprocess.run(["bash", str(script), *flags], env=environment).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for datatype in present:
         done = is_done(out / datatype, weights, flags)
         print(f"== {datatype}{': its results are there' if done else ''}", flush=True)
-        if not done and evaluate(datatype, root / datatype, out / datatype, weights, flags):
+        if done:
+            continue
+        script = ROOT / "zeroshot_scripts" / f"eval_{datatype.replace('activity', 'activitynet')}.sh"
+        places = {"DATA_PATH": str(root / datatype), "OUTPUT": str(out / datatype), "WEIGHTS": str(weights)}
+        environment = {"PYTHON": sys.executable} | os.environ | places
+        environment.pop("VIDEO_PATH", None)  # each dataset has videos of its own
+        if subprocess.run(["bash", str(script), *flags], env=environment).returncode:
             failed.append(datatype)
     measured = [read_run(out / datatype) for datatype in present if datatype not in failed]
     if measured:

@@ -6,8 +6,6 @@ Clips show coloured shapes that stand, move, change or take turns; every test ca
 only. Writes <output_dir>/<datatype>/ and <output_dir>/clip/tiny_clip.pt. Same options, same bytes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -4,8 +4,6 @@ The wording is a function of the statement alone (and of chance), so a caption n
 wording has a comma: the annotation files are written without quotes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter

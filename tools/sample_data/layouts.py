@@ -4,8 +4,6 @@ A further layout needs a row in LAYOUTS, its clips' names in `_name`, and a func
 by id of each split to what the annotation files hold, JSON content, lines, or the content of a pickle.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import string

@@ -1,7 +1,5 @@
 """The clips of every split of a sample dataset: scenes, captions and film data, all drawn from one generator."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction

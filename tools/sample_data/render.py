@@ -4,8 +4,6 @@ All things stay inside the middle square of a frame, so that the centre crop of 
 Lengths below are fractions of that square's side, times are fractions of the scene.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A caption states a scene of its own, with "" for a size or place that it leaves out; `holds` says what that is true of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

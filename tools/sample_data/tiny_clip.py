@@ -1,7 +1,5 @@
 """A small CLIP with random weights under OpenAI's key names, for runs that need some checkpoint and no download."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping
