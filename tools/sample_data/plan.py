@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from random import Random
 
-from tools.sample_data.captions import Caption, plain_caption, varied_caption
-from tools.sample_data.scenes import Scene, draw_scene, holds, order_pair
+from tools.sample_data.scenes import Caption, Scene, caption, draw_scene, holds, order_pair
 
 SPLITS = ("train", "val", "test")
 RATES = (Fraction(25), Fraction(30000, 1001), Fraction(30))
@@ -118,10 +117,7 @@ class Planner:
         found: list[Query] = []
         for _ in range(1 if self.plain else count):
             for _ in range(CAPTION_ATTEMPTS):
-                query = tuple(
-                    plain_caption(scene) if self.plain else varied_caption(scene, self.rng)
-                    for scene in scenes[:DESCRIBED_SCENES]
-                )
+                query = tuple(caption(scene, None if self.plain else self.rng) for scene in scenes[:DESCRIBED_SCENES])
                 if query not in found and not any(_is_true(query, other) for other in rivals):
                     found.append(query)
                     break
