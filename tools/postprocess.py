@@ -1,7 +1,5 @@
 """The metrics table of a finished run, made again from its similarity.npz.
 
-    python -m tools.postprocess runs/x/similarity.npz
-
 Raw, DSL and, if the run was made with ``--qb_norm``, QB-Norm; transductive rows are labelled. Needs no model or videos.
 """
 

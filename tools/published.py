@@ -1,7 +1,5 @@
 """Published numbers beside a run's own, where both measure the same; else what differs. The rows: published.json.
 
-    python -m tools.published runs/x
-
 Also what the tools read from a finished run. Imports no torch: the tools that need none start at once.
 """
 

@@ -1,7 +1,5 @@
 """Repeat a finished run from its results.json, and say whether the metrics came out the same.
 
-    python -m tools.rerun runs/x/results.json
-
 It runs in the same folder with the same number of processes and writes to --output_dir. Annotation files and weights
 must have the SHA-256 that they had. Exit status 0: the same metrics; 1: others, or the run cannot be repeated.
 """

@@ -1,7 +1,5 @@
 """Zero-shot with InternVideo's tower on every dataset that is there, then one table.
 
-    python -m tools.run_all --weights weights/InternVideo-MM-L-14.ckpt --data_root data
-
 A dataset is there when --data_root holds a folder of its --datatype name. Further flags go to every evaluation, which
 checks its data before it measures. A dataset that fails does not stop the others; a second call takes up those whose
 results are there from the same weights and flags, and runs the rest.

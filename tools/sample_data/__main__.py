@@ -1,7 +1,5 @@
 """Make small video-text datasets in the layouts of the real ones, and a tiny CLIP checkpoint to train on them.
 
-    python -m tools.sample_data --output_dir data/sample --datatype msrvtt --seed 0
-
 Clips show coloured shapes that stand, move, change or take turns; every test caption is true of one clip of its gallery
 only. Writes <output_dir>/<datatype>/ and <output_dir>/clip/tiny_clip.pt. Same options, same bytes.
 """

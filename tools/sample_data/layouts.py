@@ -34,11 +34,8 @@ def dataset_files(
     files = LAYOUTS[datatype][1](named)
     every = [pair for clips in named.values() for pair in clips.items()]
     files["scenes.json"] = {video_id: [asdict(scene) for scene in clip.scenes] for video_id, clip in every}
-    files["expected.json"] = {
-        split: {"videos": len(clips), "captions": sum(len(clip.queries) for clip in clips)}
-        for split, clips in splits.items()
-        if clips
-    }
+    captions = {split: sum(len(clip.queries) for clip in clips) for split, clips in splits.items() if clips}
+    files["expected.json"] = {split: {"videos": len(splits[split]), "captions": n} for split, n in captions.items()}
     paired = {split: list(clips)[counts[split] :] for split, clips in named.items()}
     if paired["test"]:
         files["order_pairs.json"] = {split: list(zip(ids[::2], ids[1::2])) for split, ids in paired.items()}
@@ -60,7 +57,9 @@ def _name(datatype: str, split: str, index: int, clip: Clip, rng: Random) -> tup
     if datatype == "lsmdc":
         movies = {"train": ["0901_The_Red_Circle", "0902_Squares"], "val": ["1031_Ring_Cycle"], "test": ["3071_CROSS"]}
         movie = movies[split][index % len(movies[split])]
-        name = f"{movie}_{_film_time(100 * index)}-{_film_time(100 * index + clip.seconds)}"
+        millis = [round(1000 * seconds) for seconds in (100 * index, 100 * index + clip.seconds)]
+        times = [f"{n // 3600000:02d}.{n // 60000 % 60:02d}.{n // 1000 % 60:02d}.{n % 1000:03d}" for n in millis]
+        name = f"{movie}_{'-'.join(times)}"
         return name, f"{movie}/{name}.avi"
     if datatype == "activity":  # files with and without "v_", flat and in folders
         folder = {"train": "train/", "test": "val/"}[split] if index % 3 == 0 else ""
@@ -104,7 +103,7 @@ def _write_lsmdc(named: Named) -> dict[str, Any]:
         rows = files[f"LSMDC16_{table}.csv"] = []
         for name, clip in named[split].items():
             times = name.rpartition("_")[2].split("-")
-            rows += ["\t".join([name, *times, *times, _sentence(text)]) for text in clip.texts]
+            rows += ["\t".join([name, *times, *times, f"{text.capitalize()}."]) for text in clip.texts]
     return files
 
 
@@ -115,7 +114,7 @@ def _write_activity(named: Named) -> dict[str, Any]:
         for name, clip in named[split].items():
             ends = [round(float(end / clip.rate), 2) for end in accumulate(clip.frames)]
             entry = {"duration": ends[-1], "timestamps": list(zip([0.0, *ends], ends))}
-            entries[name] = {**entry, "sentences": [_sentence(text) for text in clip.texts]}
+            entries[name] = {**entry, "sentences": [f"{text.capitalize()}." for text in clip.texts]}
     return files
 
 
@@ -137,19 +136,9 @@ def _write_vatex(named: Named) -> dict[str, Any]:
         table = "training" if split == "train" else "validation"
         entries = files.setdefault(f"vatex_{table}_v1.0.json", [])
         for index, (name, clip) in enumerate(clips.items()):
-            entry = {"videoID": name, "enCap": [_sentence(text) for text in clip.texts]}
+            entry = {"videoID": name, "enCap": [f"{text.capitalize()}." for text in clip.texts]}
             entries.append({**entry, "path": f"{name}.mp4"} if index % 5 == 0 else entry)
     return files
-
-
-def _film_time(seconds: float) -> str:
-    """hh.mm.ss.mmm, as LSMDC writes times."""
-    millis = round(seconds * 1000)
-    return f"{millis // 3600000:02d}.{millis // 60000 % 60:02d}.{millis // 1000 % 60:02d}.{millis % 1000:03d}"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
 
 
 LAYOUTS: dict[str, tuple[Recipe, Callable[[Named], dict[str, Any]]]] = {

@@ -11,11 +11,9 @@ SPLITS = ("train", "val", "test")
 RATES = (Fraction(25), Fraction(30000, 1001), Fraction(30))
 ASPECTS = (4 / 3, 16 / 9, 3 / 2, 1, 3 / 4)
 SHORT_SIDES = (1, 1.25, 1.5)
-# Scenes tried for each clip before a split counts as full, wordings tried for each caption before a scene is given up.
-SCENE_ATTEMPTS = 200
-CAPTION_ATTEMPTS = 20
-# The longest stretch that retrieval reads of a DiDeMo video is 30 s, six moments of 5 s.
-DESCRIBED_SCENES = 6
+SCENE_ATTEMPTS = 200  # for each clip, before a split counts as full
+CAPTION_ATTEMPTS = 20  # for each caption, before its scene is given up
+DESCRIBED_SCENES = 6  # of 5 s: the longest stretch that retrieval reads of a DiDeMo video is 30 s
 
 Query = tuple[Caption, ...]
 

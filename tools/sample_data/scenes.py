@@ -97,16 +97,14 @@ Caption = tuple[str, Scene]  # a lower-case sentence without a full stop, and ex
 def draw_scene(rng: Random, arrangements: Sequence[str] = tuple(ARRANGEMENTS)) -> Scene:
     """A random scene: one shape alone, two that share the frame, or one followed by another."""
     (arrangement,) = rng.choices(arrangements, [ARRANGEMENTS[name] for name in arrangements])
-    places: tuple[str, ...]
-    actions: tuple[str, ...]
-    if arrangement == "turns":
-        places, actions = ("", ""), TURNS
-    elif arrangement == "lanes":
+    places: tuple[str, ...] = ("", "")
+    actions: tuple[str, ...] = TURNS
+    if arrangement == "lanes":
         places, motions = rng.choice(LANES)
         actions = tuple("still" if rng.random() < 0.4 else rng.choice([*motions, *CHANGES]) for _ in places)
-    elif rng.random() < 0.5:
+    elif arrangement == "single" and rng.random() < 0.5:
         places, actions = ("",), (rng.choice(MOTIONS),)
-    else:
+    elif arrangement == "single":
         places, actions = (rng.choice(PLACES),), ("still" if rng.random() < 0.4 else rng.choice(CHANGES),)
     things = []
     kinds = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], len(places))
@@ -126,8 +124,7 @@ def order_pair(rng: Random) -> tuple[Scene, Scene]:
     """A scene and its reverse: one shape that moves or changes, as often as two that take turns."""
     while True:
         scene = draw_scene(rng, [rng.choice(("single", "turns"))])
-        reverse = backwards(scene)
-        if reverse != scene:
+        if (reverse := backwards(scene)) != scene:
             return scene, reverse
 
 
@@ -136,19 +133,16 @@ def holds(statement: Scene, scene: Scene) -> bool:
 
     Errs on the side of true, so that a caption which holds of one clip only is beyond doubt.
     """
-    return statement.background == scene.background and all(
-        kind in scene.kinds and _fits(said, scene.kinds[kind]) for kind, said in statement.kinds.items()
-    )
-
-
-def _fits(said: Thing, thing: Thing) -> bool:
-    # What changes, comes or goes might be called still, or come before another; only motions and opposites are clear.
-    unclear = not {said.action, thing.action} & {*MOTIONS, BACKWARDS.get(said.action)}
-    return (
-        ("" in (said.size, thing.size) or said.size == thing.size)
-        and ("" in (said.place, thing.place) or said.place == thing.place)
-        and (said.action == thing.action or unclear)
-    )
+    if statement.background != scene.background or not statement.kinds.keys() <= scene.kinds.keys():
+        return False
+    for kind, said in statement.kinds.items():
+        thing = scene.kinds[kind]
+        # What changes, comes or goes might be called still, or come before another; motions and opposites are clear.
+        clear = {said.action, thing.action} & {*MOTIONS, BACKWARDS.get(said.action)}
+        facts = [(said.size, thing.size), (said.place, thing.place), (said.action, thing.action if clear else "")]
+        if any("" not in pair and pair[0] != pair[1] for pair in facts):
+            return False
+    return True
 
 
 def caption(scene: Scene, rng: Random | None = None) -> Caption:
