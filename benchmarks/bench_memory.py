@@ -52,10 +52,8 @@ def measure(pairs: int, frames: int, pieces: int, device: str) -> dict[str, floa
     trainer = Trainer(model, optimizer, world, "fp32", 1.0, pieces)
     trainer.step(make_batch(8, 1, seed=0))  # the optimiser's state exists from here on
     batch, losses, on_cuda = make_batch(pairs, frames, seed=1), [], world.device.type == "cuda"
-    if on_cuda:
-        standing = torch.cuda.memory_allocated(world.device)
-    else:
-        standing = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    standing = torch.cuda.memory_allocated(world.device) if on_cuda else resident
     for _ in range(2):
         began = time.perf_counter()
         losses.append(trainer.step(batch)[0])
@@ -78,8 +76,9 @@ def main() -> None:
     medians = pd.DataFrame(runs).groupby("pieces").median()
     on_cuda = setup(options.device).device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    shape = f"batch {options.batch} x {options.frames} frames"
-    print(f"{name}; torch {torch.__version__}; {shape}; {options.rounds} rounds")
+    print(
+        f"{name}; torch {torch.__version__}; batch {options.batch} x {options.frames} frames, {options.rounds} rounds"
+    )
     print(medians.to_string(float_format="{:.3f}".format))
     one, many = (medians.loc[pieces] for pieces in sides)
     smaller, longer = one / many, many["seconds"] / one["seconds"]

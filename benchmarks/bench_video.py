@@ -9,7 +9,7 @@ Printed: the median time of each, and the median over rounds of (their time / ou
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -49,30 +49,24 @@ def make_film(path: Path, seconds: int, width: int, height: int) -> None:
         container.mux(stream.encode(None))
 
 
-def seek_for_each_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    for index in indices:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        yield capture.read()[1]
+def through_opencv(seeks: bool, path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
+    """float64 [max_frames, 3, size, size]: frames resized and cropped with PIL, normalised, the rest zero.
 
-
-def grab_every_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    wanted = set(indices)
-    for index in range(max(wanted) + 1):
-        capture.grab()
-        if index in wanted:
-            yield capture.retrieve()[1]
-
-
-def through_opencv(read: Callable, path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
-    """float64 [max_frames, 3, size, size]: frames resized and cropped with PIL, normalised, the rest zero."""
+    `seeks`: go to each chosen frame; else grab every frame and retrieve the chosen ones.
+    """
     bicubic = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [bicubic, transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    prepare = transforms.Compose(steps)
+    prepare, clip = transforms.Compose(steps), np.zeros((sampling.max_frames, 3, size, size))
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    chosen = sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    images = [prepare(Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))) for bgr in read(capture, chosen)]
+    chosen = list(sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))))
+    images: list[torch.Tensor] = []
+    for index in chosen if seeks else range(chosen[-1] + 1):
+        if seeks:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        capture.grab()
+        if index == chosen[len(images)]:
+            images.append(prepare(Image.fromarray(cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))))
     capture.release()
-    clip = np.zeros((sampling.max_frames, *images[0].shape))
     clip[: len(images)] = torch.stack(images).numpy()
     return clip
 
@@ -95,8 +89,8 @@ def main() -> None:
             given = path, FrameSampling("stride", framerate=1, max_frames=frames), args.size
             title = f"{seconds} s {width}x{height}, {frames} frames ({path.stat().st_size / 1e6:.1f} MB)"
             ways: dict[str, Callable] = {"ours": partial(ours, *given)}
-            ways["clip4clip"] = partial(through_opencv, seek_for_each_frame, *given)
-            ways["cv-sequential"] = partial(through_opencv, grab_every_frame, *given)
+            ways["clip4clip"] = partial(through_opencv, True, *given)
+            ways["cv-sequential"] = partial(through_opencv, False, *given)
             clips = race(title, ways, args.rounds, warm_up=1)
             # A frame that differs by more than a level of 255 on average is another one.
             pixels = (clips["cv-sequential"] * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))) * 255

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tools.sample_data.__main__ import main
-from tools.sample_data.layouts import LAYOUTS
-from tools.sample_data.plan import Planner
+from tools.sample_data.plan import LAYOUTS, Planner
 from tools.sample_data.render import clip_frames
 from tools.sample_data.scenes import Scene, Thing, backwards, caption, draw_scene, holds, order_pair
 

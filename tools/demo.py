@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,18 +18,16 @@ DATA = """--datatype msrvtt --data_path {data}/msrvtt/MSRVTT_data.json --feature
     --train_csv {data}/msrvtt/MSRVTT_train.9k.csv --val_csv {data}/msrvtt/MSRVTT_JSFUSION_test.csv
     --max_frames 4 --max_words 32 --batch_size_val 32 --seed {seed} --device cpu"""
 CLIP = "--pretrained_clip_name {data}/clip/tiny_clip.pt"
+TRAINING = "--epochs {epochs} --batch_size 64 --lr 1e-3 --coef_lr 1 --freeze_layer_num -1"
 RUNS = {  # folder -> title and flags beside DATA, with which frames, words and device are the same in all runs
     "zero_shot": ("zero-shot, untrained CLIP", f"--do_eval {CLIP}"),
-    "fine_tune": (
-        "fine-tuned, meanP",
-        f"--do_train {CLIP} --epochs {{epochs}} --batch_size 64 --lr 1e-3 --coef_lr 1 --freeze_layer_num -1",
-    ),
+    "fine_tune": ("fine-tuned, meanP", f"--do_train {CLIP} {TRAINING}"),
     "evaluate": ("its checkpoint, evaluated again", "--do_eval --finetuned_path {out}/fine_tune/pytorch_model.bin"),
 }
 COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.demo", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--seed", type=int, default=0, help="of the sample data and of training")

@@ -5,7 +5,6 @@ Raw, DSL and, if the run was made with ``--qb_norm``, QB-Norm; transductive rows
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ if not __package__:  # run as a file: the repository's root is not on the path
 from modules.metrics import format_metrics, retrieval_metrics
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.postprocess", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="similarity.npz that a run with --save_similarity left")
     path = parser.parse_args(argv).file

@@ -65,10 +65,7 @@ def differences(row: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 
 
 def beside(row: Mapping[str, Any], metrics: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    """A table of published, measured and their difference, for what the row holds.
-
-    How clips were read is said and not compared: the papers do not give all of it.
-    """
+    """Published, measured and difference. How clips were read is said, not compared: papers do not give all of it."""
     kind = row["postprocessing"]
     lines = [
         f"beside {row['source']}, {row['weights']}, {row['tower']}, {row['head']}, {kind};",

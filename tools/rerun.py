@@ -9,7 +9,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,15 @@ def changed_files(found: dict[str, Any]) -> list[str]:
     problems = []
     for name, digest in [item for hashes in found["sha256"].values() for item in hashes.items()]:
         path = folder / Path(name).expanduser()
-        if Path(name).parent == own and found["options"]["do_train"]:
-            continue
-        if not path.is_file():
-            problems.append(f"{path} is gone")
-        elif file_sha256(path) != digest:
-            problems.append(f"{path} has changed")
+        if not (Path(name).parent == own and found["options"]["do_train"]):
+            if not path.is_file():
+                problems.append(f"{path} is gone")
+            elif file_sha256(path) != digest:
+                problems.append(f"{path} has changed")
     return problems
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.rerun", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="results.json of the run")
     parser.add_argument("--output_dir", type=Path, help="where to write; default: the run's own with _rerun added")
@@ -67,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if subprocess.run(command, cwd=found["folder"]).returncode:
         return 1
     again = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-    # Such as {"raw t2v R@1": 41.0}.
     before, now = (pd.json_normalize(run["metrics"], sep=" ").iloc[0].to_dict() for run in (found, again))
     different = [f"{name}: {was} before, {now.get(name)} now" for name, was in before.items() if now.get(name) != was]
     print("\n".join(different) or "the same metrics")

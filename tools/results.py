@@ -7,7 +7,6 @@ them. Rows whose post-processing looks at other queries say "transductive"; comp
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ if not __package__:  # run as a file: the repository's root is not on the path
 from modules.metrics import LOOKS_AT
 from tools.published import head_of, read_run, tower_of
 
-APART = ("seed", "output_dir")  # what runs of a row may differ in
 
-
-def table(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def table(runs: list[dict[str, Any]]) -> pd.DataFrame:
     """A row of text for each kind of run and post-processing."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in runs:
         what = [found.get(name) for name in ("dataset", "split", "n_videos", "n_captions", "missing_videos")]
-        options = {name: value for name, value in found["options"].items() if name not in APART}
+        options = {name: value for name, value in found["options"].items() if name not in ("seed", "output_dir")}
         groups.setdefault(json.dumps([what, options], sort_keys=True), []).append(found)
     rows = []
     for group in groups.values():
@@ -50,7 +47,7 @@ def as_markdown(rows: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.results", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their results.json")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")

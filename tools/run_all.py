@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: the repository's root is not on the path
@@ -23,7 +22,7 @@ from tools.results import as_markdown, table
 DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")  # with a script in zeroshot_scripts
 
 
-def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
+def is_done(folder: Path, weights: Path, flags: list[str]) -> bool:
     """Whether `folder` holds results from these weights and ending with these flags."""
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -33,7 +32,7 @@ def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
         return False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns 0 when every dataset that is there has results, else 1."""
     parser = argparse.ArgumentParser("tools.run_all", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True, help="InternVideo's pre-trained checkpoint")

@@ -6,30 +6,30 @@ only. Writes <output_dir>/<datatype>/ and <output_dir>/clip/tiny_clip.pt. Same o
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+
+import torch
 
 if __package__ in (None, ""):  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from checkpoints.whole import write_whole
 from preprocess.parallel import run_parallel
-from tools.sample_data.layouts import LAYOUTS, dataset_files
-from tools.sample_data.plan import SPLITS, Clip, Planner
+from tools.sample_data.plan import LAYOUTS, SPLITS, Clip, Planner, dataset_files
 from tools.sample_data.render import write_video
-from tools.sample_data.tiny_clip import tiny_clip
 
 CLIP_SIZES = {"resolution": 64, "patch": 16, "embed_dim": 128}
 CLIP_SIZES |= {"vision_width": 128, "vision_layers": 4, "text_width": 128, "text_layers": 3}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command; exits with a message naming flag and value where one is impossible."""
     parser = argparse.ArgumentParser("tools.sample_data", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -77,6 +77,47 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def tiny_clip(sizes: dict[str, int], seed: int) -> bytes:
+    """A checkpoint under OpenAI's names: random float32, initialised as the code of CLIP does (Radford et al. 2021).
+
+    `sizes`: resolution, patch, embed_dim; width and layers of vision and text. The same seed and sizes give the same
+    bytes. Three integer tensors (input_resolution, context_length, vocab_size) mark OpenAI's layout, as in their files.
+    """
+    vision, text, patch, embed = (sizes[name] for name in ("vision_width", "text_width", "patch", "embed_dim"))
+    integers = {"input_resolution": sizes["resolution"], "context_length": 77, "vocab_size": 49408}
+    positions = (sizes["resolution"] // patch) ** 2 + 1
+    weights = {  # shape and standard deviation
+        "positional_embedding": ((integers["context_length"], text), 0.01),
+        "text_projection": ((text, embed), text**-0.5),
+        "visual.class_embedding": ((vision,), vision**-0.5),
+        "visual.positional_embedding": ((positions, vision), vision**-0.5),
+        "visual.proj": ((vision, embed), vision**-0.5),
+        # The paper's code leaves the patch embedding to PyTorch's default, whose standard deviation this is.
+        "visual.conv1.weight": ((vision, 3, patch, patch), (3 * 3 * patch * patch) ** -0.5),
+        "token_embedding.weight": ((integers["vocab_size"], text), 0.02),
+    }
+    norms = {"visual.ln_pre": vision, "visual.ln_post": vision, "ln_final": text}
+    for tower, width, layers in (("visual.", vision, sizes["vision_layers"]), ("", text, sizes["text_layers"])):
+        for layer in range(layers):
+            block, residual = f"{tower}transformer.resblocks.{layer}", width**-0.5 * (2 * layers) ** -0.5
+            weights[f"{block}.attn.in_proj_weight"] = ((3 * width, width), width**-0.5)
+            weights[f"{block}.attn.out_proj.weight"] = ((width, width), residual)
+            weights[f"{block}.mlp.c_fc.weight"] = ((4 * width, width), (2 * width) ** -0.5)
+            weights[f"{block}.mlp.c_proj.weight"] = ((width, 4 * width), residual)
+            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: torch.randn(shape, generator=generator) * std for name, (shape, std) in weights.items()}
+    for name, (shape, _) in weights.items():
+        if ".resblocks." in name:
+            state[name.removesuffix("weight") + "bias"] = torch.zeros(shape[0])
+    for name, width in norms.items():
+        state |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+    state["logit_scale"] = torch.tensor(math.log(1 / 0.07))
+    file = io.BytesIO()
+    torch.save(state | {name: torch.tensor(value) for name, value in integers.items()}, file)
+    return file.getvalue()
+
+
 def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], force: bool, workers: int) -> None:
     """Write files as they are and clips rendered, by path; does nothing where the same are there already.
 
@@ -112,8 +153,7 @@ def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], f
     print(f"{folder}: {len(files)} files and {len(clips)} clips written")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         clip = tiny_clip({name: getattr(args, f"clip_{name}") for name in CLIP_SIZES}, args.seed)

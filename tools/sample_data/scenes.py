@@ -129,10 +129,7 @@ def order_pair(rng: Random) -> tuple[Scene, Scene]:
 
 
 def holds(statement: Scene, scene: Scene) -> bool:
-    """Whether the statement can be said of the scene.
-
-    Errs on the side of true, so that a caption which holds of one clip only is beyond doubt.
-    """
+    """Whether the statement can be said of the scene; in doubt it can: what holds of one clip only is beyond doubt."""
     if statement.background != scene.background or not statement.kinds.keys() <= scene.kinds.keys():
         return False
     for kind, said in statement.kinds.items():
