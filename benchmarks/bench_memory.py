@@ -1,7 +1,5 @@
 """Peak memory and time of training steps on one batch: in one piece, and in 8 pieces with cached features.
 
-    python -m benchmarks.bench_memory [--batch 64] [--pieces 8] [--rounds 3] [--frames 12] [--device auto]
-
 Both sides train the same model on the same batch, each in a process of its own, in random order within every round.
 A step is whole: two passes where there are pieces, clipping, BertAdam. It is taken twice and the second is timed: the
 first also chooses kernels and fills pools. Peak: allocated on the CUDA device, or resident in the process on the CPU.
@@ -9,20 +7,19 @@ Printed: the medians of the peak, of the part of it that the step adds to model,
 ("step"), both in MiB, and of the step's seconds; and their ratios. The losses of both must agree.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import random
-import subprocess
-import sys
+import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
 
-from engine.distributed import World
+from engine.distributed import setup
 from engine.progress import peak_memory_mb
 from engine.step import Trainer
 from modules.encoders.clip import CLIP, ClipSizes
@@ -36,14 +33,6 @@ SIZES |= {"vision_layers": 4, "vision_width": 384, "vision_heads": 6}
 SIZES |= {"text_layers": 2, "text_width": 256, "text_heads": 4}
 
 
-def resident_mb(device: torch.device) -> float:
-    """MiB in use now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 2**10
-
-
 def make_batch(pairs: int, frames: int, seed: int) -> SimpleNamespace:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 990, (pairs, 32), generator=generator)
@@ -53,30 +42,25 @@ def make_batch(pairs: int, frames: int, seed: int) -> SimpleNamespace:
     return SimpleNamespace(token_ids=ids, frames=pixels, video_ids=(), **masks)
 
 
-def measure(pairs: int, frames: int, pieces: int, device: torch.device) -> dict[str, float]:
+def measure(pairs: int, frames: int, pieces: int, device: str) -> dict[str, float]:
     """One side, in this process: MiB at the peak, MiB of it that the step adds, seconds of the step, its loss."""
+    world = setup(device)
     torch.manual_seed(0)
     encoder = CLIP(ClipSizes(**SIZES), "quick_gelu")
-    model = VideoTextModel(encoder, HEADS["meanP"](encoder.head_sizes)).to(device)
+    model = VideoTextModel(encoder, HEADS["meanP"](encoder.head_sizes)).to(world.device)
     optimizer = BertAdam(parameter_groups(model.named_parameters(), 1e-4, 1.0, 0.2), lr=1e-4)
-    trainer = Trainer(model, optimizer, World(0, 1, device), "fp32", 1.0, pieces)
+    trainer = Trainer(model, optimizer, world, "fp32", 1.0, pieces)
     trainer.step(make_batch(8, 1, seed=0))  # the optimiser's state exists from here on
-    batch, standing = make_batch(pairs, frames, seed=1), resident_mb(device)
-    losses = []
+    batch, losses, on_cuda = make_batch(pairs, frames, seed=1), [], world.device.type == "cuda"
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    standing = torch.cuda.memory_allocated(world.device) if on_cuda else resident
     for _ in range(2):
         began = time.perf_counter()
         losses.append(trainer.step(batch)[0])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    seconds, peak = time.perf_counter() - began, peak_memory_mb(device)
-    return {"peak": peak, "step": peak - standing, "seconds": seconds, "loss": losses[0]}
-
-
-def measured_apart(pieces: int) -> dict[str, float]:
-    """`measure` in a process of its own, with the flags of this one."""
-    command = [sys.executable, "-m", "benchmarks.bench_memory", *sys.argv[1:], "--side", str(pieces)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # what goes wrong shows on stderr
-    return {"pieces": pieces, **json.loads(done.stdout)}
+        if on_cuda:
+            torch.cuda.synchronize(world.device)
+    seconds, peak = time.perf_counter() - began, peak_memory_mb(world.device)
+    return {"pieces": pieces, "peak": peak, "step": peak - standing / 2**20, "seconds": seconds, "loss": losses[0]}
 
 
 def main() -> None:
@@ -84,22 +68,18 @@ def main() -> None:
     for name, default in {"batch": 64, "pieces": 8, "rounds": 3, "frames": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--side", type=int, default=0, help=argparse.SUPPRESS)  # pieces to measure in this process
     options = parser.parse_args()
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.side:
-        device = torch.device(options.device, 0 if options.device == "cuda" else None)
-        print(json.dumps(measure(options.batch, options.frames, options.side, device)))
-        return
     sides, runs = (1, options.pieces), []
-    for _ in range(options.rounds):
-        runs += [measured_apart(pieces) for pieces in random.sample(sides, 2)]
+    for pieces in [side for _ in range(options.rounds) for side in random.sample(sides, 2)]:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            runs.append(process.submit(measure, options.batch, options.frames, pieces, options.device).result())
     medians = pd.DataFrame(runs).groupby("pieces").median()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    shape = f"batch {options.batch} x {options.frames} frames"
-    print(f"{name}; torch {torch.__version__}; {shape}; {options.rounds} rounds")
-    print(medians.rename_axis("pieces").to_string(float_format="{:.3f}".format))
+    on_cuda = setup(options.device).device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{name}; torch {torch.__version__}; batch {options.batch} x {options.frames} frames, {options.rounds} rounds"
+    )
+    print(medians.to_string(float_format="{:.3f}".format))
     one, many = (medians.loc[pieces] for pieces in sides)
     smaller, longer = one / many, many["seconds"] / one["seconds"]
     print(f"peak {smaller['peak']:.2f} times, step {smaller['step']:.2f} times smaller; time {longer:.2f} times longer")

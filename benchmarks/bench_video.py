@@ -1,7 +1,5 @@
 """Speed of turning a video file into the frames that a model takes, against the ways of other codebases.
 
-    python -m benchmarks.bench_video [--rounds 5] [--size 224]
-
 Contenders, one thread each, in random order within every round, on files made here:
     ours          probe, choose, decode selectively (PyAV), resize the uint8 batch
     clip4clip     OpenCV, one seek per frame; PIL resize and crop; float tensors, normalised; a float64 array
@@ -9,11 +7,9 @@ Contenders, one thread each, in random order within every round, on files made h
 Printed: the median time of each, and the median over rounds of (their time / our time).
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +20,13 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks.timing import race
 from dataloaders.video.decode import read_frames
 from dataloaders.video.frames import FrameSampling
 from dataloaders.video.transforms import FrameTransform
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# name -> seconds, width, height, frames wanted
-CLIPS = {
-    "15 s 320x240, 12 frames": (15, 320, 240, 12),
-    "15 s 1280x720, 12 frames": (15, 1280, 720, 12),
-    "120 s 640x360, 64 frames": (120, 640, 360, 64),
-}
+CLIPS = ((15, 320, 240, 12), (15, 1280, 720, 12), (120, 640, 360, 64))  # seconds, width, height, frames wanted
 FPS = 30
 
 
@@ -58,51 +49,30 @@ def make_film(path: Path, seconds: int, width: int, height: int) -> None:
         container.mux(stream.encode(None))
 
 
-def seek_for_each_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    for index in indices:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        yield capture.read()[1]
+def through_opencv(seeks: bool, path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
+    """float64 [max_frames, 3, size, size]: frames resized and cropped with PIL, normalised, the rest zero.
 
-
-def grab_every_frame(capture: cv2.VideoCapture, indices: Sequence[int]) -> Iterator[np.ndarray]:
-    wanted = set(indices)
-    for index in range(max(wanted) + 1):
-        capture.grab()
-        if index in wanted:
-            yield capture.retrieve()[1]
-
-
-def through_opencv(read: Callable, path: Path, sampling: FrameSampling, size: int) -> np.ndarray:
-    """float64 [max_frames, 3, size, size]: frames resized and cropped with PIL, normalised, the rest zero."""
+    `seeks`: go to each chosen frame; else grab every frame and retrieve the chosen ones.
+    """
     bicubic = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [bicubic, transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    prepare = transforms.Compose(steps)
+    prepare, clip = transforms.Compose(steps), np.zeros((sampling.max_frames, 3, size, size))
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    chosen = sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    images = [prepare(Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))) for bgr in read(capture, chosen)]
+    chosen = list(sampling.choose(capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))))
+    images: list[torch.Tensor] = []
+    for index in chosen if seeks else range(chosen[-1] + 1):
+        if seeks:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        capture.grab()
+        if index == chosen[len(images)]:
+            images.append(prepare(Image.fromarray(cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))))
     capture.release()
-    clip = np.zeros((sampling.max_frames, *images[0].shape))
     clip[: len(images)] = torch.stack(images).numpy()
     return clip
 
 
 def ours(path: Path, sampling: FrameSampling, size: int) -> torch.Tensor:
     return FrameTransform(size)(read_frames(path, sampling))
-
-
-CONTENDERS: dict[str, Callable] = {
-    "ours": ours,
-    "clip4clip": partial(through_opencv, seek_for_each_frame),
-    "cv-sequential": partial(through_opencv, grab_every_frame),
-}
-
-
-def check_same_frames(path: Path, mine: torch.Tensor, theirs: np.ndarray) -> None:
-    """Raises AssertionError where a frame differs by more than a level of 255 on average: then it is another one."""
-    pixels = (theirs * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))) * 255
-    difference = np.abs(mine.numpy().astype(float) - pixels[: len(mine)]).mean(axis=(1, 2, 3)).max()
-    if difference > 1:
-        raise AssertionError(f"{path}: the contenders give different frames, by {difference:.2f} levels on average")
 
 
 def main() -> None:
@@ -113,17 +83,20 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, (seconds, width, height, frames)) in enumerate(CLIPS.items()):
-            path = Path(folder) / f"{number}.mp4"
+        for seconds, width, height, frames in CLIPS:
+            path = Path(folder) / f"{width}x{height}.mp4"
             make_film(path, seconds, width, height)
-            sampling = FrameSampling("stride", framerate=1, max_frames=frames)
-            ways = {title: partial(way, path, sampling, args.size) for title, way in CONTENDERS.items()}
-            times, clips = interleaved(ways, args.rounds, warm_up=1)
-            check_same_frames(path, clips["ours"], clips["cv-sequential"])
-            print(f"{name} ({path.stat().st_size / 1e6:.1f} MB), {args.rounds} rounds")
-            for contender, taken in times.items():
-                ratio = median_ratio(taken, times["ours"])
-                print(f"  {contender:14s} {np.median(taken) * 1e3:8.1f} ms   {ratio:5.2f} x our time", flush=True)
+            given = path, FrameSampling("stride", framerate=1, max_frames=frames), args.size
+            title = f"{seconds} s {width}x{height}, {frames} frames ({path.stat().st_size / 1e6:.1f} MB)"
+            ways: dict[str, Callable] = {"ours": partial(ours, *given)}
+            ways["clip4clip"] = partial(through_opencv, True, *given)
+            ways["cv-sequential"] = partial(through_opencv, False, *given)
+            clips = race(title, ways, args.rounds, warm_up=1)
+            # A frame that differs by more than a level of 255 on average is another one.
+            pixels = (clips["cv-sequential"] * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))) * 255
+            difference = np.abs(clips["ours"].numpy() - pixels[: len(clips["ours"])]).mean(axis=(1, 2, 3)).max()
+            if difference > 1:
+                raise AssertionError(f"{path}: the contenders give different frames, by {difference:.2f} levels")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from tools.sample_data.__main__ import main
-from tools.sample_data.captions import plain_caption, varied_caption
-from tools.sample_data.layouts import LAYOUTS
-from tools.sample_data.plan import Planner
+from tools.sample_data.plan import LAYOUTS, Planner
 from tools.sample_data.render import clip_frames
-from tools.sample_data.scenes import Scene, Thing, backwards, draw_scene, holds, order_pair
+from tools.sample_data.scenes import Scene, Thing, backwards, caption, draw_scene, holds, order_pair
 
 SMALL = [
     "--datatype",
@@ -193,7 +191,7 @@ def test_words_say_what_the_statement_says_and_no_comma():
     rng = Random(0)
     for _ in range(2000):
         scene = draw_scene(rng)
-        text, statement = varied_caption(scene, rng)
+        text, statement = caption(scene, rng)
         assert holds(statement, scene)
         background, things, order = read_caption(text)
         turns = statement.things[0].action == "first"
@@ -234,7 +232,7 @@ def test_default_size_splits_are_disjoint_and_captions_unique(plain):
 def test_plain_captions_are_one_a_scene(name):
     splits = Planner(LAYOUTS[name][0], 96, (2, 5), True, Random(1)).splits({"train": 6, "val": 3, "test": 4}, 0)
     for clip in [clip for clips in splits.values() for clip in clips]:
-        assert clip.texts == [plain_caption(scene)[0] for scene in clip.scenes[:6]]
+        assert clip.texts == [caption(scene)[0] for scene in clip.scenes[:6]]
 
 
 def as_json(scene):

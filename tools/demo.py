@@ -3,15 +3,12 @@
 ``make demo`` runs this. Everything it writes lies under runs/demo, one folder per run with its results.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,28 +18,16 @@ DATA = """--datatype msrvtt --data_path {data}/msrvtt/MSRVTT_data.json --feature
     --train_csv {data}/msrvtt/MSRVTT_train.9k.csv --val_csv {data}/msrvtt/MSRVTT_JSFUSION_test.csv
     --max_frames 4 --max_words 32 --batch_size_val 32 --seed {seed} --device cpu"""
 CLIP = "--pretrained_clip_name {data}/clip/tiny_clip.pt"
+TRAINING = "--epochs {epochs} --batch_size 64 --lr 1e-3 --coef_lr 1 --freeze_layer_num -1"
 RUNS = {  # folder -> title and flags beside DATA, with which frames, words and device are the same in all runs
     "zero_shot": ("zero-shot, untrained CLIP", f"--do_eval {CLIP}"),
-    "fine_tune": (
-        "fine-tuned, meanP",
-        f"--do_train {CLIP} --epochs {{epochs}} --batch_size 64 --lr 1e-3 --coef_lr 1 --freeze_layer_num -1",
-    ),
+    "fine_tune": ("fine-tuned, meanP", f"--do_train {CLIP} {TRAINING}"),
     "evaluate": ("its checkpoint, evaluated again", "--do_eval --finetuned_path {out}/fine_tune/pytorch_model.bin"),
 }
 COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MeanR")
 
 
-def run(title: str, command: Sequence[str]) -> None:
-    """Show a command and run it from the repository's root; a failure ends the demo with the command's status."""
-    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
-    began = time.perf_counter()
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-    if status:
-        sys.exit(f"tools.demo: the step '{title}' failed with status {status}; its output is above")
-    print(f"-- {time.perf_counter() - began:.0f} s", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.demo", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--seed", type=int, default=0, help="of the sample data and of training")
@@ -52,15 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     began, out = time.perf_counter(), args.output_dir.resolve()
     values = vars(args) | {"out": out, "data": out / "data"}
-
-    def words(text: str) -> list[str]:
-        return [word.format(**values) for word in text.split()]  # filled in last: a path may have spaces
-
-    for name in RUNS:
-        shutil.rmtree(out / name, ignore_errors=True)
-    run("sample data: clips of moving shapes, captions, a small untrained CLIP", words(SAMPLE))
+    steps = {"sample data: clips of moving shapes, captions, a small untrained CLIP": SAMPLE}
     for name, (title, flags) in RUNS.items():
-        run(title, ["main_task_retrieval.py", *words(f"{flags} {DATA}"), "--output_dir", str(out / name)])
+        shutil.rmtree(out / name, ignore_errors=True)
+        steps[title] = f"main_task_retrieval.py {flags} {DATA} --output_dir {{out}}/{name}"
+    for title, text in steps.items():
+        command = [word.format(**values) for word in text.split()]  # filled in last: a path may have spaces
+        print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+        started = time.perf_counter()
+        if status := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            sys.exit(f"tools.demo: the step '{title}' failed with status {status}; its output is above")
+        print(f"-- {time.perf_counter() - started:.0f} s", flush=True)
 
     heads = "".join(f"{c:>7}" for c in COLUMNS)
     print(f"\n{'':<34}{'text-to-video':^35}   {'video-to-text':^35}\n{'':<34}{heads}   {heads}")

@@ -1,10 +1,7 @@
 """Every flag of ``main_task_retrieval.py`` with its default, as Markdown: ``python -m tools.flags > docs/flags.md``."""
 
-from __future__ import annotations
-
-import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 if not __package__:  # run as a file: the repository's root is not on the path
@@ -20,27 +17,23 @@ choice that they name; with another one they are refused, or named as without ef
 """
 
 
-def table(title: str, about: str, flags: Iterable[dataclasses.Field]) -> Iterator[str]:
-    """The lines of a section."""
-    yield from (f"\n## {title}\n", *([f"{' '.join(about.split())}\n"] if about else []))
-    yield from ("| flag | default | what |", "|---|---|---|")
-    for field in flags:
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        shown = "–" if default is None else f"`{default}`"
-        choices = field.metadata["choices"]
-        known = f" ({', '.join(map(str, choices))})" if choices else ""
-        text = field.metadata["help"].replace("|", "\\|")
-        yield f"| `--{field.name}` | {shown} | {text}{known} |"
-
-
 def page() -> str:
-    lines = [HEAD.rstrip()]
-    for title, group in GROUPS.items():
-        lines += table(title.capitalize(), group.__doc__ or "", dataclasses.fields(group))
+    sections = {
+        f"{t.capitalize()}\n\n{' '.join(group.__doc__.split())}": list(fields(group)) for t, group in GROUPS.items()
+    }
     for registry in REGISTRIES:
         for names, flags in plugin_flags(registry).items():
-            lines += table(f"`--{registry.flag}` {', '.join(names)}", "", flags)
-    return "\n".join(lines) + "\n"
+            sections[f"`--{registry.flag}` {', '.join(names)}"] = flags
+    text = HEAD
+    for title, flags in sections.items():
+        text += f"\n## {title}\n\n| flag | default | what |\n|---|---|---|\n"
+        for field in flags:
+            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            shown = "–" if default is None else f"`{default}`"
+            choices = f" ({', '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
+            about = field.metadata["help"].replace("|", "\\|") + choices
+            text += f"| `--{field.name}` | {shown} | {about} |\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """The metrics table of a finished run, made again from its similarity.npz.
 
-    python -m tools.postprocess runs/x/similarity.npz
-
 Raw, DSL and, if the run was made with ``--qb_norm``, QB-Norm; transductive rows are labelled. Needs no model or videos.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +12,17 @@ import numpy as np
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.metrics import Metrics, format_metrics, retrieval_metrics
+from modules.metrics import format_metrics, retrieval_metrics
 
 
-def metrics_of_file(path: Path) -> Metrics:
-    """The metrics of a similarity.npz. Raises ValueError, naming the file, when it is not one."""
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("tools.postprocess", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="similarity.npz that a run with --save_similarity left")
+    path = parser.parse_args(argv).file
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        return retrieval_metrics(
+        metrics = retrieval_metrics(
             arrays["similarity"],
             arrays["caption_to_video"],
             bool(arrays.get("same_dsl_axis", False)),
@@ -34,18 +31,9 @@ def metrics_of_file(path: Path) -> Metrics:
             arrays["captions"].tolist(),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a similarity.npz of --save_similarity: {error}") from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("tools.postprocess", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="similarity.npz that a run with --save_similarity left")
-    path = parser.parse_args(argv).file
-    try:
-        print(format_metrics(metrics_of_file(path)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {path} is not a similarity.npz of --save_similarity: {error}", file=sys.stderr)
         return 1
+    print(format_metrics(metrics))
     return 0
 
 

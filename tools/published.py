@@ -1,9 +1,7 @@
 """Published numbers beside a run's own, where both measure the same; else what differs. The rows: published.json.
 
-python -m tools.published runs/x
+Also what the tools read from a finished run. Imports no torch: the tools that need none start at once.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -12,18 +10,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: the repository's root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.runs import head_of, read_run, tower_of
-
-TABLE = Path(__file__).with_name("published.json")
+ROWS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 HALF = ("CLIP4Clip", "half")  # whose rows were trained in which --precision
 TITLES = {"t2v": "text-to-video", "v2t": "video-to-text"}
 
 
-def published_rows() -> list[dict[str, Any]]:
-    return json.loads(TABLE.read_text(encoding="utf-8"))
+def read_run(path: Path) -> dict[str, Any]:
+    """The results.json of a folder, or the file itself. Raises ValueError naming what is wrong with it."""
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not {"metrics", "options", "dataset"} <= set(found):
+            raise ValueError("it lacks metrics, options or dataset")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not the results.json of a finished run: {error}") from error
+    return found | {"name": file.resolve().parent.name}
+
+
+def tower_of(found: Mapping[str, Any]) -> str:
+    """Such as ``CLIP ViT-B/32``; without the size where an older results.json does not tell it."""
+    options = found["options"]
+    kind = "InternVideo" if options.get("clip_evl") else "CLIP"
+    other_weights = any(options.get(name) for name in ("finetuned_path", "init_model", "pretrained_path"))
+    size = options.get("pretrained_clip_name", "")
+    tells = size.startswith("ViT-") and (options.get("mergeclip") or not other_weights)
+    return found.get("tower") or (f"{kind} {size}" if tells else kind)
+
+
+def head_of(options: Mapping[str, Any]) -> str:
+    """Such as ``meanP`` or ``meanP wti``."""
+    token_wise = options.get("interaction", "no")
+    return options.get("sim_header", "") + (f" {token_wise}" if token_wise != "no" else "")
 
 
 def protocol_of(found: Mapping[str, Any], tower: str) -> dict[str, Any]:
@@ -43,25 +60,15 @@ def protocol_of(found: Mapping[str, Any], tower: str) -> dict[str, Any]:
 
 def differences(row: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Where the protocols of a published row and of a run part, in words."""
-    return [
-        f"{name} {value} here, {' or '.join(row[name]) if name == 'compat' else row[name]} there"
-        for name, value in ours.items()
-        if (value not in row[name] if name == "compat" else value != row[name])
-    ]
+    theirs = {name: row[name] if name == "compat" else [row[name]] for name in ours}
+    apart = [name for name in ours if ours[name] not in theirs[name]]
+    return [f"{name} {ours[name]} here, {' or '.join(map(str, theirs[name]))} there" for name in apart]
 
 
 def beside(row: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """A table of published, measured and their difference, for what the row holds.
-
-    How clips were read is said and not compared: the papers do not give all of it.
-    """
-    kind, metrics, options, trained_in = (
-        row["postprocessing"],
-        found["metrics"],
-        found["options"],
-        found.get("trained_in"),
-    )
-    lines = []
+    """Published, measured and difference. How clips were read is said, not compared: papers do not give all of it."""
+    kind, metrics, options = row["postprocessing"], found["metrics"], found["options"]
+    lines, trained_in = [], found.get("trained_in")
     if row["source"].startswith(HALF[0]) and row["weights"] == "fine-tuned" and trained_in != HALF[1]:
         lines.append(f"not trained alike: {HALF[1]} there, {trained_in or 'unknown'} here, see docs/training.md;")
     lines += [
@@ -86,15 +93,13 @@ def compare(found: Mapping[str, Any], tower: str) -> list[str]:
     Rows are compared when all of :func:`protocol_of` agrees, and each with the post-processing that it was published
     with. Without such a row the nearest one of the dataset is named, and what differs.
     """
-    rows = [row for row in published_rows() if row["dataset"] == found["dataset"]]
     ours = protocol_of(found, tower)
-    same = [row for row in rows if not differences(row, ours)]
-    if same:
-        return [line for row in same for line in beside(row, found)]
+    rows = [(differences(row, ours), row) for row in ROWS if row["dataset"] == found["dataset"]]
     if not rows:
         return [f"no published row for {found['dataset']}"]
-    nearest = min(rows, key=lambda row: len(differences(row, ours)))
-    return [f"not compared with {nearest['source']}, {nearest['weights']}: {'; '.join(differences(nearest, ours))}"]
+    same = [line for apart, row in rows if not apart for line in beside(row, found)]
+    apart, nearest = min(rows, key=lambda pair: len(pair[0]))
+    return same or [f"not compared with {nearest['source']}, {nearest['weights']}: {'; '.join(apart)}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,40 +1,33 @@
 """Repeat a finished run from its results.json, and say whether the metrics came out the same.
 
-    python -m tools.rerun runs/x/results.json
-
 It runs in the same folder with the same number of processes and writes to --output_dir. Annotation files and weights
 must have the SHA-256 that they had. Exit status 0: the same metrics; 1: others, or the run cannot be repeated.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints.whole import file_sha256
-from engine.records import git_revision
-
-ROOT = Path(__file__).resolve().parent.parent
+from engine.records import ROOT, git_revision
 
 
 def changed_files(found: dict[str, Any]) -> list[str]:
     """What the run read and is gone or differs now. What the run itself wrote is not among it."""
     folder, own = Path(found["folder"]), Path(found["options"]["output_dir"])
     problems = []
-    for hashes in found["sha256"].values():
-        for name, digest in hashes.items():
-            path = folder / Path(name).expanduser()
-            if Path(name).parent == own and found["options"]["do_train"]:
-                continue
+    for name, digest in [item for hashes in found["sha256"].values() for item in hashes.items()]:
+        path = folder / Path(name).expanduser()
+        if not (Path(name).parent == own and found["options"]["do_train"]):
             if not path.is_file():
                 problems.append(f"{path} is gone")
             elif file_sha256(path) != digest:
@@ -42,26 +35,7 @@ def changed_files(found: dict[str, Any]) -> list[str]:
     return problems
 
 
-def command_of(found: dict[str, Any], output_dir: Path) -> list[str]:
-    """The command line that repeats the run; of a repeated flag the last one counts."""
-    launcher = [sys.executable]
-    if found["processes"] > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={found['processes']}"]
-    script, *flags = found["command"]
-    return [*launcher, str(ROOT / script), *flags, "--output_dir", str(output_dir)]
-
-
-def flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Such as ``{"raw t2v R@1": 41.0}``."""
-    return {
-        f"{kind} {direction} {name}": value
-        for kind, both in metrics.items()
-        for direction, row in both.items()
-        for name, value in row.items()
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.rerun", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="results.json of the run")
     parser.add_argument("--output_dir", type=Path, help="where to write; default: the run's own with _rerun added")
@@ -72,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = json.loads(asked.file.read_text(encoding="utf-8"))
         own = asked.file.resolve().parent
         output_dir = (asked.output_dir or own.with_name(f"{own.name}_rerun")).absolute()
-        command = command_of(found, output_dir)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={found['processes']}"]
+        script, *flags = found["command"]  # of a repeated flag the last one counts
+        command = [sys.executable, *(launcher if found["processes"] > 1 else []), str(ROOT / script), *flags]
+        command += ["--output_dir", str(output_dir)]
         problems = changed_files(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: {asked.file} is not a results.json that tells how to repeat its run: {error!r}", file=sys.stderr)
@@ -88,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if subprocess.run(command, cwd=found["folder"]).returncode:
         return 1
     again = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-    before, now = flat(found["metrics"]), flat(again["metrics"])
+    before, now = (pd.json_normalize(run["metrics"], sep=" ").iloc[0].to_dict() for run in (found, again))
     different = [f"{name}: {was} before, {now.get(name)} now" for name, was in before.items() if now.get(name) != was]
     print("\n".join(different) or "the same metrics")
     return 1 if different else 0

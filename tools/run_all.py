@@ -1,33 +1,28 @@
 """Zero-shot with InternVideo's tower on every dataset that is there, then one table.
 
-    python -m tools.run_all --weights weights/InternVideo-MM-L-14.ckpt --data_root data
-
 A dataset is there when --data_root holds a folder of its --datatype name. Further flags go to every evaluation, which
 checks its data before it measures. A dataset that fails does not stop the others; a second call takes up those whose
 results are there from the same weights and flags, and runs the rest.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.records import ROOT
+from tools.published import read_run
 from tools.results import as_markdown, table
-from tools.runs import read_run
 
 DATATYPES = ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex")  # with a script in zeroshot_scripts
-ROOT = Path(__file__).resolve().parent.parent
 
 
-def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
+def is_done(folder: Path, weights: Path, flags: list[str]) -> bool:
     """Whether `folder` holds results from these weights and ending with these flags."""
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -37,16 +32,7 @@ def is_done(folder: Path, weights: Path, flags: Sequence[str]) -> bool:
         return False
 
 
-def evaluate(datatype: str, data: Path, out: Path, weights: Path, flags: Sequence[str]) -> int:
-    """Run the dataset's own script; returns its exit status."""
-    script = ROOT / "zeroshot_scripts" / f"eval_{'activitynet' if datatype == 'activity' else datatype}.sh"
-    places = {"DATA_PATH": str(data), "OUTPUT": str(out), "WEIGHTS": str(weights)}
-    environment = {k: v for k, v in os.environ.items() if k != "VIDEO_PATH"}  # each dataset has videos of its own
-    environment = {"PYTHON": sys.executable} | environment | places
-    return subprocess.run(["bash", str(script), *flags], env=environment).returncode
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns 0 when every dataset that is there has results, else 1."""
     parser = argparse.ArgumentParser("tools.run_all", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True, help="InternVideo's pre-trained checkpoint")
@@ -61,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for datatype in present:
         done = is_done(out / datatype, weights, flags)
         print(f"== {datatype}{': its results are there' if done else ''}", flush=True)
-        if not done and evaluate(datatype, root / datatype, out / datatype, weights, flags):
+        if done:
+            continue
+        script = ROOT / "zeroshot_scripts" / f"eval_{datatype.replace('activity', 'activitynet')}.sh"
+        places = {"DATA_PATH": str(root / datatype), "OUTPUT": str(out / datatype), "WEIGHTS": str(weights)}
+        environment = {"PYTHON": sys.executable} | os.environ | places
+        environment.pop("VIDEO_PATH", None)  # each dataset has videos of its own
+        if subprocess.run(["bash", str(script), *flags], env=environment).returncode:
             failed.append(datatype)
     measured = [read_run(out / datatype) for datatype in present if datatype not in failed]
     if measured:

@@ -1,38 +1,35 @@
 """Make small video-text datasets in the layouts of the real ones, and a tiny CLIP checkpoint to train on them.
 
-    python -m tools.sample_data --output_dir data/sample --datatype msrvtt --seed 0
-
 Clips show coloured shapes that stand, move, change or take turns; every test caption is true of one clip of its gallery
 only. Writes <output_dir>/<datatype>/ and <output_dir>/clip/tiny_clip.pt. Same options, same bytes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+
+import torch
 
 if __package__ in (None, ""):  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from checkpoints.whole import write_whole
 from preprocess.parallel import run_parallel
-from tools.sample_data.layouts import LAYOUTS, dataset_files
-from tools.sample_data.plan import SPLITS, Clip, Planner
+from tools.sample_data.plan import LAYOUTS, SPLITS, Clip, Planner, dataset_files
 from tools.sample_data.render import write_video
 
 CLIP_SIZES = {"resolution": 64, "patch": 16, "embed_dim": 128}
 CLIP_SIZES |= {"vision_width": 128, "vision_layers": 4, "text_width": 128, "text_layers": 3}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Options of the command; exits with a message naming flag and value where one is impossible."""
     parser = argparse.ArgumentParser("tools.sample_data", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -55,37 +52,70 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in CLIP_SIZES.items():
         add(f"--clip_{name}", type=int, default=value, help="tiny checkpoint: " + name.replace("_", " "))
     args = parser.parse_args(argv)
-    if problem := _find_problem(args):
-        parser.error(problem)
-    return args
-
-
-def _find_problem(args: argparse.Namespace) -> str | None:
+    args.datatypes = list(LAYOUTS) if args.datatype == "all" else [args.datatype]
     lowest = {"seed": 0, "n_train": 1, "n_val": 0, "n_test": 1, "order_pairs": 0, "num_workers": 0}
     for flag, low in (lowest | {f"clip_{name}": 1 for name in CLIP_SIZES}).items():
         value = getattr(args, flag, low)
         if value < low:
-            return f"--{flag} must be >= {low}, got {value}"
-    if not 32 <= args.resolution <= 2160:
-        return f"--resolution must be 32 to 2160 pixels, got {args.resolution}"
-    if not 0.5 <= args.min_seconds < math.inf:
-        return f"--min_seconds must be >= 0.5, got {args.min_seconds}"
-    if not args.min_seconds <= args.max_seconds < math.inf:
-        return f"--max_seconds must be >= --min_seconds {args.min_seconds}, got {args.max_seconds}"
-    if args.order_pairs and args.datatype not in ("msrvtt", "all"):
-        return f"--order_pairs {args.order_pairs}: only msrvtt has them, got --datatype {args.datatype}"
-    if args.datatype != "all" and hasattr(args, "n_val"):
-        has_val = LAYOUTS[args.datatype][0].counts[1] > 0
-        if args.n_val and not has_val:
-            return f"--n_val {args.n_val}: {args.datatype} has no validation split"
-        if has_val and not args.n_val:
-            return f"--n_val must be >= 1 for {args.datatype}, got 0"
-    for flag in ("clip_vision_width", "clip_text_width"):
-        if getattr(args, flag) % 64:
-            return f"--{flag} must be a multiple of the head width 64, got {getattr(args, flag)}"
-    if args.clip_resolution % args.clip_patch:
-        return f"--clip_resolution must be a multiple of --clip_patch {args.clip_patch}, got {args.clip_resolution}"
-    return None
+            parser.error(f"--{flag} must be >= {low}, got {value}")
+        if flag.endswith("_width") and value % 64:
+            parser.error(f"--{flag} must be a multiple of the head width 64, got {value}")
+    datatype, n_val, pairs = args.datatype, getattr(args, "n_val", None), args.order_pairs
+    has_val = any(LAYOUTS[name][0].counts[1] for name in args.datatypes)
+    shortest, longest, side, patch = args.min_seconds, args.max_seconds, args.clip_resolution, args.clip_patch
+    for wrong, message in (
+        (not 32 <= args.resolution <= 2160, f"--resolution must be 32 to 2160 pixels, got {args.resolution}"),
+        (not 0.5 <= shortest < math.inf, f"--min_seconds must be >= 0.5, got {shortest}"),
+        (not shortest <= longest < math.inf, f"--max_seconds must be >= --min_seconds {shortest}, got {longest}"),
+        (pairs and datatype not in ("msrvtt", "all"), f"--order_pairs {pairs}: only msrvtt has them, not {datatype}"),
+        (n_val and not has_val, f"--n_val {n_val}: {datatype} has no validation split"),
+        (n_val == 0 and has_val and datatype != "all", f"--n_val must be >= 1 for {datatype}, got 0"),
+        (side % patch, f"--clip_resolution must be a multiple of --clip_patch {patch}, got {side}"),
+    ):
+        if wrong:
+            parser.error(message)
+    return args
+
+
+def tiny_clip(sizes: dict[str, int], seed: int) -> bytes:
+    """A checkpoint under OpenAI's names: random float32, initialised as the code of CLIP does (Radford et al. 2021).
+
+    `sizes`: resolution, patch, embed_dim; width and layers of vision and text. The same seed and sizes give the same
+    bytes. Three integer tensors (input_resolution, context_length, vocab_size) mark OpenAI's layout, as in their files.
+    """
+    vision, text, patch, embed = (sizes[name] for name in ("vision_width", "text_width", "patch", "embed_dim"))
+    integers = {"input_resolution": sizes["resolution"], "context_length": 77, "vocab_size": 49408}
+    positions = (sizes["resolution"] // patch) ** 2 + 1
+    weights = {  # shape and standard deviation
+        "positional_embedding": ((integers["context_length"], text), 0.01),
+        "text_projection": ((text, embed), text**-0.5),
+        "visual.class_embedding": ((vision,), vision**-0.5),
+        "visual.positional_embedding": ((positions, vision), vision**-0.5),
+        "visual.proj": ((vision, embed), vision**-0.5),
+        # The paper's code leaves the patch embedding to PyTorch's default, whose standard deviation this is.
+        "visual.conv1.weight": ((vision, 3, patch, patch), (3 * 3 * patch * patch) ** -0.5),
+        "token_embedding.weight": ((integers["vocab_size"], text), 0.02),
+    }
+    norms = {"visual.ln_pre": vision, "visual.ln_post": vision, "ln_final": text}
+    for tower, width, layers in (("visual.", vision, sizes["vision_layers"]), ("", text, sizes["text_layers"])):
+        for layer in range(layers):
+            block, residual = f"{tower}transformer.resblocks.{layer}", width**-0.5 * (2 * layers) ** -0.5
+            weights[f"{block}.attn.in_proj_weight"] = ((3 * width, width), width**-0.5)
+            weights[f"{block}.attn.out_proj.weight"] = ((width, width), residual)
+            weights[f"{block}.mlp.c_fc.weight"] = ((4 * width, width), (2 * width) ** -0.5)
+            weights[f"{block}.mlp.c_proj.weight"] = ((width, 4 * width), residual)
+            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: torch.randn(shape, generator=generator) * std for name, (shape, std) in weights.items()}
+    for name, (shape, _) in weights.items():
+        if ".resblocks." in name:
+            state[name.removesuffix("weight") + "bias"] = torch.zeros(shape[0])
+    for name, width in norms.items():
+        state |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+    state["logit_scale"] = torch.tensor(math.log(1 / 0.07))
+    file = io.BytesIO()
+    torch.save(state | {name: torch.tensor(value) for name, value in integers.items()}, file)
+    return file.getvalue()
 
 
 def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], force: bool, workers: int) -> None:
@@ -98,23 +128,20 @@ def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], f
     record_file = folder / "sample.json"
     try:
         record = json.loads(record_file.read_text())
-    except (OSError, ValueError):
-        record = None
-    if not (isinstance(record, dict) and isinstance(record.get("files"), list)):
-        record = {}  # none, or not one of ours
-    if not force and record.get("files") != [] and folder.exists() and any(folder.iterdir()):
-        if record.get("plan") == plan and all((folder / path).is_file() for path in record["files"]):
+        earlier_plan, earlier_files = record["plan"], record["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        earlier_plan = earlier_files = None  # no sample.json, or not one of ours
+    if not force and earlier_files != [] and folder.exists() and any(folder.iterdir()):
+        if earlier_plan == plan and all((folder / path).is_file() for path in earlier_files):
             print(f"{folder} is up to date")
             return
-        what = "a sample made with other parameters" if record else "files that this command did not make"
+        what = "a sample made with other parameters" if earlier_plan else "files that this command did not make"
         raise FileExistsError(f"{folder} holds {what}: choose another --output_dir or pass --force to write over it")
     folder.mkdir(parents=True, exist_ok=True)
     record_file.write_text(json.dumps({"plan": plan, "files": []}))
-    for entry in {path.split("/")[0] for path in (*files, *clips, "order_pairs.json")}:
-        if (folder / entry).is_dir():
-            shutil.rmtree(folder / entry)
-        else:
-            (folder / entry).unlink(missing_ok=True)
+    if clips and (folder / "videos").exists():
+        shutil.rmtree(folder / "videos")
+    (folder / "order_pairs.json").unlink(missing_ok=True)
     for path, content in files.items():
         (folder / path).write_bytes(content)
     tasks = [(folder / path, clip) for path, clip in clips.items()]
@@ -126,28 +153,20 @@ def make_folder(folder: Path, files: dict[str, bytes], clips: dict[str, Clip], f
     print(f"{folder}: {len(files)} files and {len(clips)} clips written")
 
 
-def plan_dataset(args: argparse.Namespace, datatype: str) -> tuple[dict[str, bytes], dict[str, Clip]]:
-    """Files of a dataset and clips to render. Raises ValueError where there are not enough distinct clips."""
-    recipe, _ = LAYOUTS[datatype]
-    counts = {split: getattr(args, f"n_{split}", n) if n else 0 for split, n in zip(SPLITS, recipe.counts)}
-    pairs = args.order_pairs if datatype == "msrvtt" else 0
-    # Each dataset has a stream of its own, so that --datatype all writes what single runs write.
-    rng = Random(f"{datatype} {args.seed}")
-    planner = Planner(recipe, args.resolution, (args.min_seconds, args.max_seconds), args.captions == "plain", rng)
-    return dataset_files(datatype, planner.splits(counts, pairs), counts, rng)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    # torch takes seconds to import, which the rendering processes would spend too.
-    from tools.sample_data.tiny_clip import tiny_clip
-
     try:
         clip = tiny_clip({name: getattr(args, f"clip_{name}") for name in CLIP_SIZES}, args.seed)
         make_folder(args.output_dir / "clip", {"tiny_clip.pt": clip}, {}, args.force, args.num_workers)
-        for datatype in LAYOUTS if args.datatype == "all" else [args.datatype]:
-            files, clips = plan_dataset(args, datatype)
+        for datatype in args.datatypes:
+            recipe, _ = LAYOUTS[datatype]
+            counts = {split: getattr(args, f"n_{split}", n) if n else 0 for split, n in zip(SPLITS, recipe.counts)}
+            # Each dataset has a stream of its own, so that --datatype all writes what single runs write.
+            rng = Random(f"{datatype} {args.seed}")
+            seconds = args.min_seconds, args.max_seconds
+            planner = Planner(recipe, args.resolution, seconds, args.captions == "plain", rng)
+            splits = planner.splits(counts, args.order_pairs if datatype == "msrvtt" else 0)
+            files, clips = dataset_files(datatype, splits, counts, rng)
             make_folder(args.output_dir / datatype, files, clips, args.force, args.num_workers)
     except (FileExistsError, ValueError) as error:
         print(f"tools.sample_data: {error}", file=sys.stderr)

@@ -4,8 +4,6 @@ All things stay inside the middle square of a frame, so that the centre crop of 
 Lengths below are fractions of that square's side, times are fractions of the scene.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +18,7 @@ RGB = {"red": (225, 25, 30), "green": (25, 160, 45), "blue": (30, 65, 235), "yel
 RGB |= {"orange": (250, 135, 15), "purple": (125, 25, 175), "pink": (255, 140, 200), "cyan": (40, 220, 230)}
 RGB |= {"black": (10, 10, 10), "white": (245, 245, 245), "gray": (130, 130, 130), "brown": (105, 65, 35)}
 DIAMETER = {"small": 0.32, "large": 0.45}
-# Distance of the places and of the ends of a motion from the centre.
-REACH = 0.25
+REACH = 0.25  # distance of the places and of the ends of a motion from the centre
 LEFT, RIGHT, UP, DOWN, MIDDLE = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)])
 STEP = {"left": LEFT, "right": RIGHT, "up": UP, "down": DOWN, "top": UP, "bottom": DOWN, "middle": MIDDLE, "": MIDDLE}
 VISIBLE = {"appear": (0.4, 2), "vanish": (-1, 0.6), "first": (-1, 0.5), "second": (0.5, 2)}
@@ -72,10 +69,11 @@ def write_video(task: tuple[Path, Clip]) -> str | None:
     ending = path.name.rpartition(".")[2]
     codec, options = CODECS.get(ending, H264)
     options = {**options, "threads": "1", "flags": "+bitexact"}  # more threads would change the bytes
-    exact = {"fflags": "+bitexact"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(path), "w", format=CONTAINERS.get(ending), container_options=exact) as container:
+        with av.open(
+            str(path), "w", format=CONTAINERS.get(ending), container_options={"fflags": "+bitexact"}
+        ) as container:
             stream = container.add_stream(codec, rate=clip.rate, options=options)
             stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
             for image in clip_frames(clip):

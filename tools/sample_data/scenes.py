@@ -1,13 +1,14 @@
 """What a sample clip shows: one or two coloured shapes that stand, move, change or take turns on a plain background.
 
 A caption states a scene of its own, with "" for a size or place that it leaves out; `holds` says what that is true of.
+Its wording is a function of that statement alone (and of chance), so a caption never says more than its statement. No
+wording has a comma: the annotation files are written without quotes.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from random import Random
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -23,6 +24,42 @@ MOTIONS, CHANGES = ([action for pair in pairs for action in pair] for pairs in (
 # What an action becomes when the film runs backwards.
 BACKWARDS = {a: b for one, other in (*MOTION_PAIRS, *CHANGE_PAIRS, TURNS) for a, b in ((one, other), (other, one))}
 ARRANGEMENTS = {"single": 0.25, "lanes": 0.55, "turns": 0.2}
+# The first wording of everything is the plain one.
+WORDS = {
+    "circle": ("circle", "circle", "circle", "disc", "ball"),
+    "square": ("square", "square", "square", "box"),
+    "cross": ("cross", "cross", "cross", "plus sign"),
+    "ring": ("ring", "ring", "ring", "hoop"),
+    "purple": ("purple", "purple", "purple", "violet"),
+    "cyan": ("cyan", "cyan", "cyan", "turquoise"),
+    "gray": ("gray", "gray", "gray", "grey"),
+    "small": ("small", "little"),
+    "large": ("large", "big"),
+}
+PLACE_WORDS = {
+    "": ("",),
+    "left": ("on the left", "on the left side"),
+    "right": ("on the right", "on the right side"),
+    "top": ("at the top", "near the top"),
+    "bottom": ("at the bottom", "near the bottom"),
+    "middle": ("in the middle", "in the center"),
+}
+ACTION_WORDS = {
+    "still": ("stays still", "does not move", "rests"),
+    "left": ("moves to the left", "slides left", "moves from right to left"),
+    "right": ("moves to the right", "slides right", "moves from left to right"),
+    "up": ("moves up", "rises", "goes from bottom to top"),
+    "down": ("moves down", "sinks", "goes from top to bottom"),
+    "grow": ("grows", "gets bigger", "expands"),
+    "shrink": ("shrinks", "gets smaller", "contracts"),
+    "appear": ("appears", "pops up", "comes into view"),
+    "vanish": ("disappears", "vanishes", "goes away"),
+}
+BEFORE = ("first {0} and then {1}", "{0} appears before {1}", "{0} is followed by {1}", "{1} comes after {0}")
+CLAUSES = ("{noun} {place} {verb}", "{noun} {verb} {place}")
+TOGETHER = ("{0} and {1}", "{1} and {0}", "{0} while {1}", "{1} while {0}")
+BACKDROPS = ("on a {} background", "against a {} background", "on a {} backdrop", "in front of a {} background")
+BACKDROP_ENDS = ("{0} {1}", "{0} {1}", "{0} {1}", "{1} {0}")
 
 
 @dataclass(frozen=True)
@@ -54,19 +91,20 @@ class Scene:
         return self.background, frozenset(self.kinds)
 
 
+Caption = tuple[str, Scene]  # a lower-case sentence without a full stop, and exactly the facts it states
+
+
 def draw_scene(rng: Random, arrangements: Sequence[str] = tuple(ARRANGEMENTS)) -> Scene:
     """A random scene: one shape alone, two that share the frame, or one followed by another."""
     (arrangement,) = rng.choices(arrangements, [ARRANGEMENTS[name] for name in arrangements])
-    places: tuple[str, ...]
-    actions: tuple[str, ...]
-    if arrangement == "turns":
-        places, actions = ("", ""), TURNS
-    elif arrangement == "lanes":
+    places: tuple[str, ...] = ("", "")
+    actions: tuple[str, ...] = TURNS
+    if arrangement == "lanes":
         places, motions = rng.choice(LANES)
         actions = tuple("still" if rng.random() < 0.4 else rng.choice([*motions, *CHANGES]) for _ in places)
-    elif rng.random() < 0.5:
+    elif arrangement == "single" and rng.random() < 0.5:
         places, actions = ("",), (rng.choice(MOTIONS),)
-    else:
+    elif arrangement == "single":
         places, actions = (rng.choice(PLACES),), ("still" if rng.random() < 0.4 else rng.choice(CHANGES),)
     things = []
     kinds = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], len(places))
@@ -86,26 +124,48 @@ def order_pair(rng: Random) -> tuple[Scene, Scene]:
     """A scene and its reverse: one shape that moves or changes, as often as two that take turns."""
     while True:
         scene = draw_scene(rng, [rng.choice(("single", "turns"))])
-        reverse = backwards(scene)
-        if reverse != scene:
+        if (reverse := backwards(scene)) != scene:
             return scene, reverse
 
 
 def holds(statement: Scene, scene: Scene) -> bool:
-    """Whether the statement can be said of the scene.
+    """Whether the statement can be said of the scene; in doubt it can: what holds of one clip only is beyond doubt."""
+    if statement.background != scene.background or not statement.kinds.keys() <= scene.kinds.keys():
+        return False
+    for kind, said in statement.kinds.items():
+        thing = scene.kinds[kind]
+        # What changes, comes or goes might be called still, or come before another; motions and opposites are clear.
+        clear = {said.action, thing.action} & {*MOTIONS, BACKWARDS.get(said.action)}
+        facts = [(said.size, thing.size), (said.place, thing.place), (said.action, thing.action if clear else "")]
+        if any("" not in pair and pair[0] != pair[1] for pair in facts):
+            return False
+    return True
 
-    Errs on the side of true, so that a caption which holds of one clip only is beyond doubt.
+
+def caption(scene: Scene, rng: Random | None = None) -> Caption:
+    """A caption in the words of many annotators, who now and then leave out sizes and places.
+
+    Without `rng` the plain one: every fact in one fixed wording.
     """
-    return statement.background == scene.background and all(
-        kind in scene.kinds and _fits(said, scene.kinds[kind]) for kind, said in statement.kinds.items()
-    )
+    choose: Callable[[Sequence[str]], str] = rng.choice if rng else itemgetter(0)
 
+    def keep(fact: str, chance: float) -> str:
+        return fact if rng is None or rng.random() < chance else ""
 
-def _fits(said: Thing, thing: Thing) -> bool:
-    # What changes, comes or goes might be called still, or come before another; only motions and opposites are clear.
-    unclear = not {said.action, thing.action} & {*MOTIONS, BACKWARDS.get(said.action)}
-    return (
-        ("" in (said.size, thing.size) or said.size == thing.size)
-        and ("" in (said.place, thing.place) or said.place == thing.place)
-        and (said.action == thing.action or unclear)
-    )
+    def word(name: str) -> str:
+        return choose(WORDS.get(name, (name,)))
+
+    def noun(thing: Thing) -> str:
+        words = [word(name) for name in (thing.size, thing.color, thing.shape) if name]
+        return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+
+    def clause(thing: Thing) -> str:
+        place, verb = choose(PLACE_WORDS[thing.place]), choose(ACTION_WORDS[thing.action])
+        return choose(CLAUSES).format(noun=noun(thing), place=place, verb=verb)
+
+    things = [replace(thing, size=keep(thing.size, 0.5), place=keep(thing.place, 0.8)) for thing in scene.things]
+    turns = things[0].action in TURNS
+    templates = BEFORE if turns else TOGETHER if len(things) > 1 else ("{0}",)
+    body = choose(templates).format(*map(noun if turns else clause, things))
+    text = choose(BACKDROP_ENDS).format(body, choose(BACKDROPS).format(word(scene.background)))
+    return " ".join(text.split()), replace(scene, things=tuple(things))
