@@ -19,7 +19,6 @@ OPENAI_CLIP = {  # name -> file name, SHA-256
     "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
 }
-DEFAULT_CACHE_DIR = Path("~/.cache/clip")
 SILENCE_S = 30.0  # a server that sends nothing for so long is given up
 # What ends a transfer; any other OSError comes from the folder.
 TRANSFER_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
@@ -29,18 +28,13 @@ class DownloadError(RuntimeError):
     """A file could not be fetched; the message says what to do by hand."""
 
 
-def fetch_clip(name: str, cache_dir: str | Path | None = None, base_url: str = BASE_URL) -> Path:
-    """Path of the OpenAI CLIP weights `name` (a key of OPENAI_CLIP) in `cache_dir`, downloaded if not there.
+def fetch_clip(name: str, folder: Path, base_url: str = BASE_URL) -> Path:
+    """Path of the OpenAI CLIP weights `name` (a key of OPENAI_CLIP) in `folder`, downloaded if they are not there.
 
-    `cache_dir` defaults to ~/.cache/clip, where OpenAI's own package keeps them. ValueError for an unknown name;
     DownloadError when the file can be neither found nor fetched.
     """
-    if name not in OPENAI_CLIP:
-        known = ", ".join(OPENAI_CLIP)
-        raise ValueError(f"--pretrained_clip_name must be one of {known}, got {name!r}")
     file_name, sha256 = OPENAI_CLIP[name]
-    folder = Path(cache_dir if cache_dir is not None else DEFAULT_CACHE_DIR).expanduser()
-    return fetch_file(f"{base_url.rstrip('/')}/{sha256}/{file_name}", sha256, folder / file_name)
+    return fetch_file(f"{base_url}/{sha256}/{file_name}", sha256, folder / file_name)
 
 
 def fetch_file(url: str, sha256: str, target: Path) -> Path:
@@ -64,7 +58,15 @@ def fetch_file(url: str, sha256: str, target: Path) -> Path:
                     return target
                 os.replace(target, wrong)
                 print(f"{target} has SHA-256 {found}, expected {sha256}: moved to {wrong}", file=sys.stderr)
-            _download(url, sha256, target)
+            for part in target.parent.glob(f"{target.name}.*.partial"):  # as torch.hub names what a killed process left
+                part.unlink()
+            print(f"downloading {url} to {target}", file=sys.stderr)
+            before = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(SILENCE_S)  # torch.hub would wait for ever
+            try:
+                torch.hub.download_url_to_file(url, str(target), sha256, progress=sys.stderr.isatty())
+            finally:
+                socket.setdefaulttimeout(before)
             return target
     except RuntimeError as error:  # torch.hub's, for another SHA-256; it has removed what came
         raise DownloadError(
@@ -78,16 +80,3 @@ def fetch_file(url: str, sha256: str, target: Path) -> Path:
             f"cannot keep {target.name} in the weights folder {target.parent}: {error.strerror or error}. Give a "
             "folder that you can write to and that has about 1 GB free: --cache_dir DIR"
         ) from error
-
-
-def _download(url: str, sha256: str, target: Path) -> None:
-    """Fetch `target`, by whoever holds its lock; a part that a killed process left is removed."""
-    for part in target.parent.glob(f"{target.name}.*.partial"):  # as torch.hub names them
-        part.unlink()
-    print(f"downloading {url} to {target}", file=sys.stderr)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_S)  # torch.hub would wait for ever
-    try:
-        torch.hub.download_url_to_file(url, str(target), sha256, progress=sys.stderr.isatty())
-    finally:
-        socket.setdefaulttimeout(before)

@@ -4,46 +4,33 @@ Three containers: torch.save files (through `weights_only=True`), .safetensors, 
 OpenAI's CLIP release, whose tensors are taken from the zip by the unpickler below.
 """
 
+import io
 import pickle
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-STORAGES = {
-    f"{dtype}Storage": getattr(torch, dtype.lower())
-    for dtype in ("Float", "Half", "Double", "BFloat16", "Long", "Int", "Short", "Bool")
-}
-STORAGES |= {"CharStorage": torch.int8, "ByteStorage": torch.uint8}
+STORAGES = {"CharStorage": torch.int8, "ByteStorage": torch.uint8}
+for dtype in ("Float", "Half", "Double", "BFloat16", "Long", "Int", "Short", "Bool"):
+    STORAGES[f"{dtype}Storage"] = getattr(torch, dtype.lower())
 MAX_MODULES = 100_000  # far above any network: stops an archive whose modules contain each other
 MAX_CODE_BYTES = 1 << 24
 QUICK_GELU_FACTOR = 1.702
-MORE_THAN_TENSORS = (
-    "more than tensors and plain containers, or is damaged; nothing of it was run. If you trust it, load it where it "
-    "was made and save only its weights: torch.save(model.state_dict(), file)."
-)
 
 
 class CheckpointError(RuntimeError):
     """A weight file cannot be used; the message names the file, what it looks like and what to do."""
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """`content`: what the file holds (for an archive and .safetensors a flat dict of tensors, else any object).
-
-    `container`: "torchscript", "torch" or "safetensors". `activation`: what an archive's own code computes.
-    """
-
-    content: Any
-    container: str
-    activation: str | None = None
+class RawFile(NamedTuple):
+    content: Any  # what the file holds: for an archive and .safetensors a flat dict of tensors, else any object
+    container: str  # "torchscript", "torch" or "safetensors"
+    activation: str | None = None  # what an archive's own code computes
 
 
 def read_raw(path: Path) -> RawFile:
@@ -66,9 +53,8 @@ def read_raw(path: Path) -> RawFile:
         raise CheckpointError(f"{path} cannot be read as weights: {describe_wrong_file(path)}{shown}") from error
 
 
-def describe_wrong_file(path: str | Path) -> str:
+def describe_wrong_file(path: Path) -> str:
     """What a file that is not readable as weights looks like, and what to do: one or two sentences."""
-    path = Path(path)
     head = _head(path)
     if not head:
         return "it is empty. A copy or a download was cut off: fetch it again."
@@ -83,11 +69,14 @@ def describe_wrong_file(path: str | Path) -> str:
         with zipfile.ZipFile(path) as archive:
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 return "it is a zip file but not one of PyTorch's. If the weights are inside, unpack it first."
-        return f"it is a PyTorch file that holds {MORE_THAN_TENSORS}"
     if head[8:9] == b"{":
         return "it is a .safetensors file that breaks off or is damaged. Fetch or copy it again, whole."
-    if head[:1] == b"\x80":
-        return f"it is a pickle that holds {MORE_THAN_TENSORS}"
+    if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+        return (
+            "it is a PyTorch file or pickle that holds more than tensors and plain containers, or is damaged; nothing "
+            "of it was run. If you trust it, load it where it was made and save only its weights: "
+            "torch.save(model.state_dict(), file)."
+        )
     if head[:3] == b"\x1f\x8b\x08" or head[257:262] == b"ustar":
         return "it is a compressed or tar archive. Unpack it and give the weight file inside."
     return (
@@ -124,28 +113,24 @@ class ArchiveUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
-        self._file = archive.open(name)
-        super().__init__(self._file)
+        super().__init__(io.BytesIO(archive.read(name)))
         self._archive = archive
         self._folder = name.removesuffix(".pkl")
         self._storages: dict[str, Tensor] = {}
-        self._admitted: dict[tuple[str, str], Callable] = {
+        self._admitted: dict[tuple[str, str], Any] = {("torch", name): dtype for name, dtype in STORAGES.items()}
+        self._admitted |= {
             # Closures of this one load: a pickle may set attributes on what it is given, and those end with it.
             ("torch._utils", "_rebuild_tensor_v2"): lambda *fields: _rebuild_tensor(*fields),
             ("collections", "OrderedDict"): lambda: {},
             ("torch", "device"): lambda *fields: None,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
-            **{
-                ("torch.jit._pickle", f"build_{kind}list"): lambda values: values
-                for kind in ("int", "bool", "double", "tensor")
-            },
         }
+        for kind in ("int", "bool", "double", "tensor"):
+            self._admitted["torch.jit._pickle", f"build_{kind}list"] = lambda values: values
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
             return type(name, (ScriptObject,), {"__slots__": ()})
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
         if (module, name) not in self._admitted:
             raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which no weight file needs; refused")
         return self._admitted[module, name]
@@ -163,10 +148,6 @@ class ArchiveUnpickler(pickle.Unpickler):
             self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[key]
 
-    def load(self) -> Any:
-        with self._file:
-            return super().load()
-
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
     """more: requires_grad, hooks and, in newer archives, metadata."""
@@ -178,11 +159,9 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *m
 
 
 def _read_torchscript(archive: zipfile.ZipFile) -> RawFile:
-    byte_order = next((name for name in archive.namelist() if name.endswith("/byteorder")), None)
-    if byte_order and archive.read(byte_order) != b"little":
+    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix("constants.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise CheckpointError("its tensors are stored big-endian, which is not supported: save it on another machine")
-    constants = next(name for name in archive.namelist() if name.endswith("/constants.pkl"))
-    root = constants.removesuffix("constants.pkl")
     module = ArchiveUnpickler(archive, root + "data.pkl").load()
     if not isinstance(module, ScriptObject):
         raise CheckpointError("it is a TorchScript archive without a module in it")
@@ -208,7 +187,7 @@ def _state_dict(module: ScriptObject) -> dict[str, Tensor]:
 
 def _archive_activation(archive: zipfile.ZipFile, root: str) -> str | None:
     """Read off the archive's source text and constants, neither of which is compiled."""
-    quick, exact = False, False
+    quick = exact = False
     for name in archive.namelist():
         if name.startswith(root + "code/") and name.endswith(".py"):
             with archive.open(name) as file:
@@ -220,6 +199,4 @@ def _archive_activation(archive: zipfile.ZipFile, root: str) -> str | None:
         # A traced module keeps the factor of x * sigmoid(1.702 x) as a constant tensor instead of in its text.
         if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
             quick |= abs(value.item() - QUICK_GELU_FACTOR) < 1e-3
-    if quick == exact:
-        return None
-    return "quick_gelu" if quick else "gelu"
+    return None if quick == exact else "quick_gelu" if quick else "gelu"

@@ -6,8 +6,7 @@ others, those), heads as they stand. A prefix is only ever removed at the front 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,81 +18,47 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PARALLEL_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SAVE_WEIGHTS = "Save the weights alone: torch.save(model.state_dict(), file)."
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "param_groups")
-# Constants that some programs store beside the weights: the causal mask, and 0, 1, 2... No module here has them.
-NOT_WEIGHTS = ("attn_mask", "position_ids", "gelu_activation")
-OPENAI_INTEGERS = ("input_resolution", "context_length", "vocab_size")
-ALWAYS_PRESENT = (
-    "visual.class_embedding",
-    "visual.positional_embedding",
-    "visual.conv1.weight",
-    "visual.ln_pre.weight",
-    "visual.transformer.resblocks.0.attn.in_proj_weight",
-    "visual.ln_post.weight",
-    "visual.proj",
-    "token_embedding.weight",
-    "positional_embedding",
-    "transformer.resblocks.0.attn.in_proj_weight",
-    "ln_final.weight",
-    "text_projection",
-    "logit_scale",
-)
+# Constants that some programs store beside the weights: the causal mask, 0, 1, 2..., sizes. No module here has them.
+NOT_WEIGHTS = {"attn_mask", "position_ids", "gelu_activation"}
+OPENAI_INTEGERS = {"input_resolution", "context_length", "vocab_size"}
+IN_BOTH_TOWERS = ("positional_embedding", "transformer.resblocks.0.attn.in_proj_weight")
+ONLY_IN_IMAGE_TOWER = ("class_embedding", "conv1.weight", "ln_pre.weight", "ln_post.weight", "proj")
+ALWAYS_PRESENT = tuple(f"visual.{part}" for part in (*ONLY_IN_IMAGE_TOWER, *IN_BOTH_TOWERS))
+ALWAYS_PRESENT += (*IN_BOTH_TOWERS, "token_embedding.weight", "ln_final.weight", "text_projection", "logit_scale")
 REFUSED = {  # how a name begins -> what the file is
     ("visual.layer1.", "visual.attnpool."): "a CLIP with a ResNet image tower",
     ("visual.trunk.",): "an open_clip model with a timm image tower (SigLIP, EVA, ConvNeXt...)",
     ("text.transformer.embeddings.", "text.transformer.encoder."): "an open_clip model with a Hugging Face text tower",
 }
 
-HF_NAMES = {
-    "logit_scale": "logit_scale",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # spelled so by transformers
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-}
 HF_TRANSPOSED = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
-HF_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-HF_BLOCK_PARTS = {
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
+HF_PARTS = {  # what stands in a name of transformers -> in OpenAI's
+    "text_model.": "",
+    "vision_model.": "visual.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.token_embedding": "token_embedding",
+    "pre_layrnorm": "ln_pre",  # spelled so by transformers
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.": "attn.",
+    "layer_norm": "ln_",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-
-
-@dataclass(frozen=True)
-class NamedTensors:
-    """`tensors`: float32 (or integer) under canonical names. `naming`: "openai", "open_clip" or "hugging_face".
-
-    `prefixed`: the file itself had the `clip.` prefix. `has_integers`: it had OpenAI's three integer tensors.
-    `encoder`: the name of the one of `encoders` that it holds; `activation`: the one of all such files.
-    """
-
-    tensors: dict[str, Tensor]
-    naming: str
-    prefixed: bool
-    has_integers: bool
-    encoder: str
-    activation: str | None = None
-
-
-class KnownEncoder(Protocol):
-    """What tells the tensors of an encoder from a plain CLIP's; see modules/encoders/base.py."""
-
-    name: str
-    trained_with: str | None
-    own_parts: tuple[str, ...]
-    renamed: Mapping[str, str]
-
-
+HF_QKV = re.compile(r"(.+\.attn)\.([qkv])_proj\.(weight|bias)")
 PLAIN_CLIP = "clip"
+
+
+class NamedTensors(NamedTuple):
+    tensors: dict[str, Tensor]  # float32 (or integer) under canonical names
+    naming: str  # "openai", "open_clip" or "hugging_face"
+    prefixed: bool  # the file itself had the `clip.` prefix
+    has_integers: bool  # it had OpenAI's three integer tensors
+    encoder: str  # the name of the encoder that it holds
+    activation: str | None  # of all files with that encoder's tensors
 
 
 def parameter_name(name: str) -> str:
@@ -128,30 +93,30 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[KnownEncoder] = ()) -> NamedTensors:
-    """Recognise the naming of a state dict and rename it; `encoders` are those besides a plain CLIP that it may hold.
+def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ()) -> NamedTensors:
+    """Recognise the naming of a state dict and rename it.
 
+    encoders: classes of modules/encoders besides a plain CLIP that it may hold; their `own_parts` and `renamed` tell.
     CheckpointError says what an unusable one looks like.
     """
     prefixed = any(key.startswith(CLIP_PREFIX) for key in tensors)
-    if prefixed:
-        towers, heads = split_towers(tensors)
-    else:
-        towers, heads = dict(tensors), {}
+    towers, heads = split_towers(tensors) if prefixed else (tensors, {})
     for starts, what in REFUSED.items():
         if any(key.startswith(starts) for key in towers):
             raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
-    has_integers = all(key in towers for key in OPENAI_INTEGERS)
-    for key in OPENAI_INTEGERS:
-        towers.pop(key, None)  # sizes, not weights: no module has a place for them
-    towers = {key: value for key, value in towers.items() if key.rpartition(".")[2] not in NOT_WEIGHTS}
+    has_integers = towers.keys() >= OPENAI_INTEGERS
+    left_out = OPENAI_INTEGERS | NOT_WEIGHTS
+    towers = {key: value for key, value in towers.items() if key.rpartition(".")[2] not in left_out}
     naming = "openai"
     if any(key.startswith(("vision_model.", "text_model.")) for key in towers):
         naming, towers = "hugging_face", _from_hugging_face(towers)
     elif any(key.startswith("text.") for key in towers):
         naming, towers = "open_clip", {key.removeprefix("text."): value for key, value in towers.items()}
-    encoder = next((e for e in encoders if _belongs_to(towers, e)), None)
-    renamed = encoder.renamed if encoder else {}
+    encoder, renamed, activation = PLAIN_CLIP, {}, None
+    for known in encoders:
+        if any(key.startswith(known.own_parts) or key in known.renamed.values() for key in towers):
+            encoder, renamed, activation = known.name, known.renamed, known.trained_with
+            break
     missing = [key for key in ALWAYS_PRESENT if key not in towers and renamed.get(key, key) not in towers]
     if len(missing) > len(ALWAYS_PRESENT) // 2:
         raise CheckpointError(
@@ -165,17 +130,12 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[KnownEncod
         )
     if not prefixed:
         # Whatever is neither a known tower's nor OpenAI's stands as it is: strict loading names it.
-        own = tuple(part for e in encoders for part in (*e.own_parts, *e.renamed.values()))
+        own = tuple(part for known in encoders for part in (*known.own_parts, *known.renamed.values()))
         starts = ("visual.", "transformer.resblocks.", "ln_final.", *own)
         heads = {k: towers.pop(k) for k in list(towers) if not k.startswith(starts) and k not in ALWAYS_PRESENT}
     canonical = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
     plain = {k: owned(v.float() if v.is_floating_point() else v) for k, v in canonical.items()}
-    name, activation = (encoder.name, encoder.trained_with) if encoder else (PLAIN_CLIP, None)
-    return NamedTensors(plain, naming, prefixed, has_integers, name, activation)
-
-
-def _belongs_to(towers: Mapping[str, Tensor], encoder: KnownEncoder) -> bool:
-    return any(key.startswith(encoder.own_parts) or key in encoder.renamed.values() for key in towers)
+    return NamedTensors(plain, naming, prefixed, has_integers, encoder, activation)
 
 
 def owned(tensor: Tensor) -> Tensor:
@@ -190,24 +150,18 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        block = HF_BLOCK.fullmatch(key)
         if key in HF_TRANSPOSED:
             renamed[HF_TRANSPOSED[key]] = value.T
-        elif block:
-            tower, number, part, kind = block.groups()
-            front = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}."
-            if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-                stacks.setdefault(f"{front}attn.in_proj_{kind}", {})[part[-6]] = value
-            else:
-                renamed[f"{front}{HF_BLOCK_PARTS.get(part, part)}.{kind}"] = value
+            continue
+        for theirs, ours in HF_PARTS.items():
+            key = key.replace(theirs, ours)
+        if part := HF_QKV.fullmatch(key):
+            stacks.setdefault(f"{part[1]}.in_proj_{part[3]}", {})[part[2]] = value
         else:
-            renamed[HF_NAMES.get(key, key)] = value
+            renamed[key] = value
     for key, parts in stacks.items():
-        if set(parts) != set("qkv"):
-            raise CheckpointError(
-                f"it is a Hugging Face CLIP that lacks {sorted(set('qkv') - set(parts))} of {key}: "
-                "the file is incomplete. Fetch it again."
-            )
+        if lacking := sorted(set("qkv") - set(parts)):
+            raise CheckpointError(f"it is a Hugging Face CLIP that lacks {lacking} of {key}. Fetch it again.")
         renamed[key] = torch.cat([parts[letter] for letter in "qkv"])
     return renamed
 

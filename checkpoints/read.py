@@ -6,18 +6,27 @@ No module is built here: tensors go from dict to dict, under CLIP4Clip's names (
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.activation import ACTIVATIONS, GELU_MARK, find_activation, read_json
 from checkpoints.files import CheckpointError, RawFile, read_raw
-from checkpoints.names import CLIP_PREFIX, KnownEncoder, NamedTensors, canonical_names, owned, unwrap
+from checkpoints.names import CLIP_PREFIX, NamedTensors, canonical_names, owned, unwrap
 from checkpoints.whole import write_whole
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 EXAMPLES = 4
+ACTIVATIONS = ("quick_gelu", "gelu")
+GELU_MARK = "clip.gelu_activation"  # among the tensors of our files that were trained with gelu
+HEAD_WIDTH = 64  # of every attention head of OpenAI's models
+OPEN_CLIP_USUAL = (
+    ("text_cfg", "pool_type", "argmax"),
+    ("text_cfg", "no_causal_mask", False),
+    ("vision_cfg", "pool_type", "tok"),
+)
 NAMINGS = {
     "openai": "state dict under OpenAI's names (OpenAI or open_clip)",
     "open_clip": "open_clip state dict (CustomTextCLIP)",
@@ -27,23 +36,18 @@ NAMINGS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A weight file, read. `tensors`: canonical name -> tensor on the CPU, float32 or integer.
-
-    `kind` says what was recognised; `activation` is "quick_gelu", "gelu" or None when nothing tells, and
-    `activation_reason` says why; `sidecar` is what `<file>.json` holds, or None.
-    `encoder` is the name of the encoder that the file holds.
-    """
+    """A weight file, read."""
 
     path: Path
-    tensors: dict[str, Tensor]
-    kind: str
-    activation: str | None
+    tensors: dict[str, Tensor]  # canonical name -> tensor on the CPU, float32 or integer
+    kind: str  # what was recognised
+    activation: str | None  # "quick_gelu", "gelu", or None when nothing tells
     activation_reason: str
-    sidecar: dict | None
-    encoder: str
+    sidecar: dict | None  # what `<file>.json` holds
+    encoder: str  # the name of the encoder that the file holds
 
 
-def read_checkpoint(path: str | Path, encoders: Sequence[KnownEncoder] = ()) -> Checkpoint:
+def read_checkpoint(path: str | Path, encoders: Sequence[Any] = ()) -> Checkpoint:
     """Read a CLIP or retrieval model from a file, or from a folder that holds one under its usual name.
 
     Known: OpenAI's TorchScript archives; state dicts of OpenAI, open_clip, CLIP4Clip and Hugging Face's CLIPModel, as
@@ -62,7 +66,7 @@ def read_checkpoint(path: str | Path, encoders: Sequence[KnownEncoder] = ()) -> 
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     sidecar = read_sidecar(path)
-    activation, reason = find_activation(path, raw, named, sidecar)
+    activation, reason = _activation(path, raw, named, sidecar)
     return Checkpoint(path, named.tensors, _kind(raw, named), activation, reason, sidecar, named.encoder)
 
 
@@ -76,6 +80,19 @@ def read_sidecar(path: str | Path) -> dict | None:
     return beside if beside is not None or not file.is_symlink() else read_json(Path(f"{file.resolve()}.json"))
 
 
+def read_json(path: Path) -> dict | None:
+    """The JSON object in a file, None if there is no such file; CheckpointError if it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Repair it or remove it.") from error
+
+
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy `tensors` into `module`; names and shapes must agree entirely, else CheckpointError and nothing is copied.
 
@@ -83,13 +100,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     """
     own = {key: list(value.shape) for key, value in module.state_dict().items()}
     given = {key: list(value.shape) for key, value in tensors.items()}
-    problems = {
-        "missing in the file": [f"{key} {shape}" for key, shape in own.items() if key not in given],
-        "without a place in the model": [f"{key} {shape}" for key, shape in given.items() if key not in own],
-        "of another shape": [
-            f"{key}: file {given[key]}, model {shape}" for key, shape in own.items() if given.get(key, shape) != shape
-        ],
-    }
+    missing = [f"{key} {shape}" for key, shape in own.items() if key not in given]
+    placeless = [f"{key} {shape}" for key, shape in given.items() if key not in own]
+    other = [f"{key}: file {given[key]}, model {own[key]}" for key in own if given.get(key, own[key]) != own[key]]
+    problems = {"missing in the file": missing, "without a place in the model": placeless, "of another shape": other}
     found = ""
     for what, entries in problems.items():
         if entries:
@@ -117,10 +131,7 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], sidecar: di
     text = json.dumps(sidecar, indent=2, sort_keys=True) + "\n"
     if sidecar["activation"] == "gelu":
         plain[GELU_MARK] = torch.ones((), dtype=torch.long)
-
-    def write_sidecar() -> None:
-        write_whole(Path(f"{path}.json"), lambda file: file.write(text.encode()))
-
+    write_sidecar = partial(write_whole, Path(f"{path}.json"), lambda file: file.write(text.encode()))
     # The sidecar moves when the weights are whole, just before them: a full disk leaves the former pair as it was.
     write_whole(path, lambda file: torch.save(plain, file), before_move=write_sidecar)
 
@@ -138,6 +149,67 @@ def weight_file(path: str | Path) -> Path:
         f"the folder {path} holds none of {', '.join(FOLDER_FILES)}. Name the weight file itself; "
         f"the folder holds: {found}"
     )
+
+
+def _activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict | None) -> tuple[str | None, str]:
+    """Which activation the file was trained with, and the reason in words, from the surest source to the weakest.
+
+    Nothing in the weights shows it, and the wrong one costs points: None where nothing tells, never a silent guess.
+    CheckpointError when what lies beside the file is unreadable, unknown or describes a model that is not built here.
+    """
+    if sidecar and "activation" in sidecar:
+        value = sidecar["activation"]
+        if value not in ACTIVATIONS:
+            raise CheckpointError(f"{path}.json: activation must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+        return value, f"stated in {path.name}.json"
+    if isinstance(raw.content, dict) and GELU_MARK in raw.content:
+        return "gelu", "marked in the file"
+    if raw.activation:
+        return raw.activation, "read off the code in the TorchScript archive"
+    if named.has_integers:
+        return "quick_gelu", "it has the three integers that only OpenAI's release has"
+    if named.activation:
+        return named.activation, f"every model of --encoder {named.encoder} was trained with it"
+    if named.prefixed:
+        # CLIP4Clip saves plain state dicts, InternVideo's code reads "state_dict"; other wrappers are other programs'.
+        state = raw.content.get("state_dict", raw.content)
+        if named.naming == "openai" and any(str(k).removeprefix("module.").startswith(CLIP_PREFIX) for k in state):
+            return "quick_gelu", "CLIP4Clip's form: it and InternVideo's code start from OpenAI's weights only"
+    elif named.naming == "hugging_face" or raw.container != "torchscript":
+        config_file = path.with_name("config.json" if named.naming == "hugging_face" else "open_clip_config.json")
+        config = read_json(config_file)
+        try:
+            if config is not None:
+                return _activation_in_config(config, config_file)
+        except (AttributeError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{config_file} describes no CLIP ({error}); repair it or remove it") from error
+    return None, "nothing in the file or beside it tells"
+
+
+def _activation_in_config(config: dict, path: Path) -> tuple[str, str]:
+    """As above, from transformers' CLIPConfig (config.json) or open_clip's model_cfg; both leave out their defaults."""
+    if path.name == "config.json":
+        if config.get("model_type", "clip") != "clip":
+            raise CheckpointError(f"{path} describes a {config['model_type']!r} model, not a CLIP")
+        key, text, vision = "hidden_act", config.get("text_config") or {}, config.get("vision_config") or {}
+        found = {part.get(key, "quick_gelu") for part in (text, vision)}
+        text_head = text.get("hidden_size", 512) / text.get("num_attention_heads", 8)
+        image_head = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
+    else:
+        config = config.get("model_cfg") or config
+        key, text, vision = "quick_gelu", config.get("text_cfg") or {}, config.get("vision_cfg") or {}
+        found = {"quick_gelu" if config.get(key, False) else "gelu"}
+        text_head, image_head = text.get("width", 512) / text.get("heads", 8), vision.get("head_width", HEAD_WIDTH)
+        for part, option, usual in OPEN_CLIP_USUAL:
+            if (config.get(part) or {}).get(option, usual) != usual:
+                raise CheckpointError(f"{path}: {part}.{option} differs from OpenAI's towers, the only ones built here")
+    for tower, width in (("text", text_head), ("image", image_head)):
+        if width != HEAD_WIDTH:
+            raise CheckpointError(f"{path}: the {tower} tower's heads are {width:g} wide; {HEAD_WIDTH} is built here")
+    if len(found) > 1 or not found <= set(ACTIVATIONS):
+        shown = " and ".join(sorted(map(str, found)))
+        raise CheckpointError(f"{path}: {key} is {shown}; built here is quick_gelu in both towers or gelu in both")
+    return found.pop(), f"{key} in {path.name}"
 
 
 def _kind(raw: RawFile, named: NamedTensors) -> str:

@@ -1,7 +1,5 @@
 """Files written whole or not at all, and the SHA-256 of a file."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable
@@ -9,9 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(
-    path: Path, write: Callable[[BinaryIO], object], before_move: Callable[[], object] = lambda: None
-) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object], before_move: Callable = lambda: None) -> None:
     """Call `write` on a temporary file beside `path`, sync it, move it into place; on any error `path` stays as it was.
 
     `before_move` is called when the temporary file is whole. Raises OSError naming `path` and the likely cause.
@@ -24,21 +20,14 @@ def write_whole(
             os.fsync(file.fileno())
         before_move()
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows, where folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)  # the rename lasts through a power cut
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OSError(f"cannot write {path}: {error}. Is the disk full or the folder read-only?") from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut; a no-op where folders cannot be opened (Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

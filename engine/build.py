@@ -16,8 +16,8 @@ from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_chec
 from engine.compat import COMPAT
 from engine.options import Options
 from engine.progress import log
-from modules.conventions import Conventions
 from modules.encoders import ENCODERS, Encoder
+from modules.encoders.base import Conventions
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel

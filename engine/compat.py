@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from modules.conventions import Conventions
+from modules.encoders.base import Conventions
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Compat:
     """Defaults are what is right.
 
     defaults: values of flags that were not given.
-    conventions: of encoders and heads, see modules/conventions.py.
+    conventions: of encoders and heads, see modules/encoders/base.py.
     scales_cosines, scales_tokens: evaluation multiplies cosines (of --interaction ti and wti: token-wise ones) by the
     logit scale, as the loss does; ranks are the same without, but DSL shows it.
     same_dsl_axis: on sets with several captions a video, DSL normalises over the captions in both directions.

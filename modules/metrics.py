@@ -4,19 +4,18 @@ A rank is the number of candidates that score at least as high as the correct on
 is not a win. There is exactly one rank per query. Post-processing (DSL, QB-Norm) is a function of saved matrices, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # rows or columns compared at a time: bounds memory, whatever N and V
+BLOCK = 2048  # rows compared at a time: bounds the memory beside the matrix itself
 
 ArrayLike = np.ndarray | Tensor
-AlsoCorrect = Mapping[int, Sequence[int]]
-NOTHING: AlsoCorrect = {}
+# What else is correct: caption -> videos, and video -> videos whose captions are.
+AlsoCorrect = tuple[Mapping[int, Sequence[int]], Mapping[int, Sequence[int]]]
+NOTHING: AlsoCorrect = ({}, {})
 QB_BETA = 20.0  # inverse temperature for cosines, as in the paper
 # What each row of the table looks at besides the query and the gallery. A transductive one needs the other test queries
 # and is not comparable with methods that answer one query at a time.
@@ -29,7 +28,15 @@ LOOKS_AT = {
 Metrics = dict[str, dict[str, dict[str, float]]]
 
 
-def _checked(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor, Tensor]:
+def retrieval_ranks(
+    similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING
+) -> tuple[Tensor, Tensor]:
+    """similarity [N, V], caption_to_video [N] -> text-to-video ranks [N] and video-to-text ranks [V], int64, 0 = best.
+
+    A video's own captions are ranked among the V caption groups, a group scoring by its best caption. This is
+    CLIP4Clip's protocol; with one caption per video it is the ordinary rank. also: of :func:`duplicates`, what else is
+    correct. Raises ValueError for NaN (naming the first), wrong shapes, and videos without a caption.
+    """
     sim, owner = torch.as_tensor(similarity), torch.tensor(np.asarray(caption_to_video), dtype=torch.long)
     if sim.ndim != 2 or owner.shape != (len(sim),):
         raise ValueError(f"similarity must be [N, V] with N owners, got {tuple(sim.shape)} and {tuple(owner.shape)}")
@@ -42,57 +49,26 @@ def _checked(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor
     if nan.any():
         caption, video = nan.nonzero()[0].tolist()
         raise ValueError(f"similarity holds {int(nan.sum())} NaN, the first at caption {caption}, video {video}")
-    return sim, owner
+    groups = torch.full((n_videos, n_videos), float("-inf"), dtype=sim.dtype)
+    groups.scatter_reduce_(0, owner[:, None].expand_as(sim), sim, reduce="amax")
+    return _ranks(sim, owner, also[0]), _ranks(groups.t(), torch.arange(n_videos), also[1])
 
 
-def _ranks(block: Tensor, correct: Tensor, first: int, also: AlsoCorrect) -> Tensor:
-    """Ranks of the queries in the rows of `block` [B, C], whose correct candidates are `correct` [B].
+def _ranks(scores: Tensor, correct: Tensor, also: Mapping[int, Sequence[int]]) -> Tensor:
+    """Ranks [Q] of the queries in the rows of `scores` [Q, C], whose correct candidates are `correct` [Q].
 
-    `also`: query number -> further candidates that count as correct; the query's rank is then that of its best one,
-    among the candidates that are wrong. Row 0 is query number `first`.
+    also: query -> further candidates that count as correct; the query's rank is then that of its best one, among the
+    candidates that are wrong.
     """
-    ranks = (block >= block.gather(1, correct[:, None])).sum(dim=1) - 1
-    for row in also.keys() & range(first, first + len(block)):
-        scores = block[row - first]
-        right = scores[[int(correct[row - first]), *also[row]]]
-        ranks[row - first] = (scores >= right.max()).sum() - (right >= right.max()).sum()
+    blocks = zip(scores.split(BLOCK), correct[:, None].split(BLOCK))
+    ranks = torch.cat([(rows >= rows.gather(1, own)).sum(dim=1) - 1 for rows, own in blocks])
+    for query, others in also.items():
+        right = scores[query, [int(correct[query]), *others]]
+        ranks[query] = (scores[query] >= right.max()).sum() - (right >= right.max()).sum()
     return ranks
 
 
-def text_to_video_ranks(similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING) -> Tensor:
-    """Ranks int64 [N] of each caption's own video among the V videos; `also`: caption -> other correct videos."""
-    sim, owner = _checked(similarity, caption_to_video)
-    blocks = zip(range(0, len(sim), BLOCK), sim.split(BLOCK), owner.split(BLOCK))
-    return torch.cat([_ranks(rows, correct, start, also) for start, rows, correct in blocks])
-
-
-def video_to_text_ranks(similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING) -> Tensor:
-    """Ranks int64 [V] of each video's own captions among the V caption groups, a group scoring by its best caption.
-
-    This is CLIP4Clip's protocol; with one caption per video it is the ordinary rank. `also`: video -> other videos
-    whose captions are correct for it, too.
-    """
-    sim, owner = _checked(similarity, caption_to_video)
-    n_videos = sim.shape[1]
-    ranks = []
-    for start in range(0, n_videos, BLOCK):
-        columns = sim[:, start : start + BLOCK]
-        width = columns.shape[1]
-        groups = torch.full((n_videos, width), float("-inf"), dtype=sim.dtype)
-        groups.scatter_reduce_(0, owner[:, None].expand(-1, width), columns, reduce="amax")
-        ranks.append(_ranks(groups.t(), torch.arange(start, start + width), start, also))
-    return torch.cat(ranks)
-
-
-def retrieval_ranks(similarity: ArrayLike, caption_to_video: ArrayLike) -> tuple[Tensor, Tensor]:
-    """similarity [N, V], caption_to_video [N] -> text-to-video ranks [N] and video-to-text ranks [V], 0 = best.
-
-    Raises ValueError for NaN (naming the first), wrong shapes, and videos without a caption.
-    """
-    return text_to_video_ranks(similarity, caption_to_video), video_to_text_ranks(similarity, caption_to_video)
-
-
-def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> tuple[AlsoCorrect, AlsoCorrect]:
+def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> AlsoCorrect:
     """Captions whose very text is also another video's: (caption -> those videos, video -> videos sharing a text)."""
     owner = np.asarray(caption_to_video).tolist()
     videos_of: dict[str, set[int]] = {}
@@ -153,30 +129,22 @@ def retrieval_metrics(
 ) -> Metrics:
     """``{"raw": {"t2v", "v2t"}, "dsl": …, "qb_norm": {"t2v"}, "duplicate_aware": …}`` of :func:`summarize`.
 
-    similarity [N, V] includes the logit scale, and so does `bank` [B, V], without which there is no "qb_norm"; `scale`
-    says how much, as QB-Norm's temperature is one for cosines. DSL normalises over the captions for t2v and over the
-    videos for v2t; with `same_dsl_axis` (InternVideo's code on multi-caption sets) over the captions for both.
-    "duplicate_aware", where `captions` call for it: raw similarities, but a video one of whose own captions is the very
-    text of the query counts as correct.
+    similarity [N, V] and `bank` [B, V], without which there is no "qb_norm", include the logit scale; `scale` says how
+    much, as QB-Norm's temperature is one for cosines. DSL normalises over the captions for t2v and over the videos for
+    v2t; with `same_dsl_axis` (InternVideo's code on multi-caption sets) over the captions for both. "duplicate_aware",
+    where `captions` have such: :func:`duplicates` count as correct.
     """
 
-    def t2v(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict[str, float]:
-        return summarize(text_to_video_ranks(matrix, caption_to_video, also))
+    def both(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict:
+        return dict(zip(("t2v", "v2t"), map(summarize, retrieval_ranks(matrix, caption_to_video, also))))
 
-    def v2t(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict[str, float]:
-        return summarize(video_to_text_ranks(matrix, caption_to_video, also))
-
-    over_captions = dual_softmax(similarity, dim=0)
-    over_videos = over_captions if same_dsl_axis else dual_softmax(similarity, dim=1)
-    metrics = {
-        "raw": {"t2v": t2v(similarity), "v2t": v2t(similarity)},
-        "dsl": {"t2v": t2v(over_captions), "v2t": v2t(over_videos)},
-    }
+    metrics = {"raw": both(similarity), "dsl": both(dual_softmax(similarity, dim=0))}
+    if not same_dsl_axis:
+        metrics["dsl"]["v2t"] = both(dual_softmax(similarity, dim=1))["v2t"]
     if bank is not None:
-        metrics["qb_norm"] = {"t2v": t2v(qb_norm(similarity, bank, QB_BETA / scale))}
-    by_caption, by_video = duplicates(captions, caption_to_video) if captions is not None else (NOTHING, NOTHING)
-    if by_caption:
-        metrics["duplicate_aware"] = {"t2v": t2v(similarity, by_caption), "v2t": v2t(similarity, by_video)}
+        metrics["qb_norm"] = {"t2v": both(qb_norm(similarity, bank, QB_BETA / scale))["t2v"]}
+    if captions is not None and (also := duplicates(captions, caption_to_video))[0]:
+        metrics["duplicate_aware"] = both(similarity, also)
     return metrics
 
 

@@ -1,8 +1,7 @@
 """VideoTextModel: an encoder and a similarity head joined, and the loss of a batch of pairs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -14,10 +13,7 @@ from modules.losses.base import Loss, Pairs
 from modules.losses.contrastive import Contrastive
 from modules.representation import Representation, as_float32, count, take
 
-MAX_LOGIT_SCALE = 4.605170185988092  # ln(100), CLIP's upper bound
 ROWS = 4096  # texts at a time in the matrix product of a separable head
-MEMORY_MB = 1024.0
-Show = Callable[[Sequence[tuple[slice, slice]]], Iterable[tuple[slice, slice]]]
 
 
 class VideoTextModel(nn.Module):
@@ -72,12 +68,12 @@ class VideoTextModel(nn.Module):
         return self.scale() if self.scale_evaluation else 1.0
 
     def similarity(
-        self, text: Representation, video: Representation, memory_mb: float = MEMORY_MB, show: Show = iter
+        self, text: Representation, video: Representation, memory_mb: float = 1024, show: Callable = iter
     ) -> Tensor:
         """Similarities float32 [N, V] of what the two encoders gave, on the CPU.
 
         A separable head takes one matrix product; another goes through blocks of pairs that need at most about
-        `memory_mb` each. show: passes the blocks through, for a progress display.
+        `memory_mb` each. show: iterates over the list of blocks, for a progress display.
         """
         scale, head = self.evaluation_scale(), self.head
         out = torch.empty(count(text), count(video))
@@ -115,13 +111,12 @@ class VideoTextModel(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step."""
-        self.clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self.clip.logit_scale.clamp_(max=math.log(100))
 
 
 def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:
     """Row and column ranges that cover [n, v], each with at most `pairs` entries (one at least)."""
     wide = max(1, min(v, pairs))
     high = max(1, pairs // wide)
-    return [
-        (slice(r, min(r + high, n)), slice(c, min(c + wide, v))) for r in range(0, n, high) for c in range(0, v, wide)
-    ]
+    rows = [slice(start, min(start + high, n)) for start in range(0, n, high)]
+    return [(r, slice(start, min(start + wide, v))) for r in rows for start in range(0, v, wide)]

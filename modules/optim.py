@@ -1,9 +1,8 @@
 """Parameter groups, freezing, BertAdam and its learning-rate schedule."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ class BertAdam(torch.optim.Optimizer):
 
     update = m / (sqrt(v) + eps) + weight_decay * p;  p -= lr * schedule(step / t_total) * update
 
-    `schedule` maps (progress, warm-up) to a factor. `t_total` -1 keeps the rate constant; `max_grad_norm` -1 turns the
-    per-tensor clipping off. A parameter without a gradient is left alone.
+    `t_total` -1 keeps the rate constant; `max_grad_norm` -1 turns the per-tensor clipping off. A parameter without a
+    gradient is left alone.
     """
+
+    schedule = staticmethod(warmup_cosine)  # (progress, warm-up) -> factor
 
     def __init__(
         self,
@@ -37,15 +38,11 @@ class BertAdam(torch.optim.Optimizer):
         lr: float,
         warmup: float = -1,
         t_total: float = -1,
-        schedule: Callable[[float, float], float] = warmup_cosine,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         max_grad_norm: float = 1.0,
     ) -> None:
-        self.schedule = schedule
-        if not (warmup == -1 or 0 <= warmup < 1):
-            raise ValueError(f"--warmup_proportion must be in [0, 1) or -1, got {warmup}")
         settings = {"warmup": warmup, "t_total": t_total, "betas": betas, "eps": eps, "max_grad_norm": max_grad_norm}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **settings})
 
@@ -112,17 +109,6 @@ def _scale(tensors: list[Tensor], factor: float) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
-def is_decayed(name: str, parameter: Tensor, all_but_biases: bool) -> bool:
-    """Whether weight decay applies to a parameter.
-
-    By meaning: weight matrices and convolutions only. `all_but_biases`, as in the source projects: LayerNorm weights,
-    embeddings, positional tables and the logit scale decay as well.
-    """
-    if all_but_biases:
-        return "bias" not in name
-    return parameter.ndim >= 2 and not any(part in name for part in ("embedding", "bias"))
-
-
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
     lr: float,
@@ -133,34 +119,29 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Four groups: decayed CLIP, decayed rest, other CLIP, other rest; CLIP learns at ``lr * coef_lr``.
 
-    named: parameters under their names in checkpoints; frozen ones are left out. decays_all: see :func:`is_decayed`.
-    new: names under ``clip.`` that count as the rest, because they start from nothing. Each group has ``params``,
-    ``names``, ``lr`` and ``weight_decay``.
+    named: parameters under their names in checkpoints; frozen ones are left out. Weight matrices and convolutions
+    decay; with `decays_all`, as in the source projects, LayerNorm weights, embeddings, positional tables and the logit
+    scale as well. new: names under ``clip.`` that count as the rest, because they start from nothing. Each group has
+    ``params``, ``names``, ``lr`` and ``weight_decay``.
     """
-    members: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {
-        (decay, clip): {} for decay in (True, False) for clip in (True, False)
-    }
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for decay, clip in product((True, False), repeat=2):
+        rates = {"lr": lr * coef_lr if clip else lr, "weight_decay": weight_decay if decay else 0.0}
+        groups[decay, clip] = {"params": [], "names": [], **rates}
     for name, parameter in named:
         if parameter.requires_grad:
-            clip = name.startswith("clip.") and name not in new
-            members[is_decayed(name, parameter, decays_all), clip][name] = parameter
-    return [
-        {
-            "params": list(own.values()),
-            "names": list(own),
-            "lr": lr * coef_lr if clip else lr,
-            "weight_decay": weight_decay if decay else 0.0,
-        }
-        for (decay, clip), own in members.items()
-    ]
+            decay = "bias" not in name and (decays_all or (parameter.ndim >= 2 and "embedding" not in name))
+            group = groups[decay, name.startswith("clip.") and name not in new]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return list(groups.values())
 
 
 def freeze(encoder: Encoder, num_layers: int) -> list[str]:
     """``--freeze_layer_num``: -1 trains all of the encoder; n >= 0 freezes what comes before block n of each tower.
 
-    Frozen are the embeddings, positional tables, patch projection and first LayerNorm, and the first n blocks of each
-    tower. The blocks from n on, the last LayerNorms, the projections and the logit scale train, as do the heads.
-    Returns the names that were frozen.
+    Frozen are the embeddings, positional tables, patch projection and first LayerNorm, and the first n blocks. The
+    others, the last LayerNorms, the projections and the logit scale train. Returns the names that were frozen.
     """
     if not -1 <= num_layers <= encoder.blocks:
         raise ValueError(f"--freeze_layer_num must be in -1..{encoder.blocks} for this CLIP, got {num_layers}")

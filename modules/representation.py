@@ -4,8 +4,6 @@ A tuple serves heads that keep more than one vector per item: tokens [N, L, D], 
 differ in L, so joining them pads every dimension after the first with zeros (False in a mask).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -6,7 +6,7 @@ Method: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) on UTF-8 bytes, 
 
 import gzip
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -24,25 +24,6 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", r
 PLAIN = regex.compile(r"[ -%'-~\t\n\r]*")
 
 
-def clean(text: str) -> str:
-    """Repair mis-decoded characters, undo HTML escaping (twice), collapse whitespace, lower-case."""
-    if not PLAIN.fullmatch(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
-def _byte_order() -> tuple[list[int], dict[str, int]]:
-    """Byte of each of the first 256 ids, and id of the character by which the merge table writes that byte.
-
-    Bytes that are visible Latin-1 characters come first and stand for themselves; the others follow, written as the
-    characters from U+0100 on, because the table separates its fields by whitespace.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(N_BYTES)) - set(visible))
-    written = [chr(byte) for byte in visible] + [chr(0x100 + i) for i in range(len(hidden))]
-    return visible + hidden, {character: i for i, character in enumerate(written)}
-
-
 class Tokenizer:
     """Captions to token ids, equal to OpenAI's tokenizer but for one case.
 
@@ -50,50 +31,40 @@ class Tokenizer:
     into the real special ids, so that a caption holding `<|endoftext|>` would be cut there by the text tower, which
     reads the sentence at the highest id. `encode` never returns `sot` or `eot`.
 
-    Attributes: `sot` 49406, `eot` 49407, `vocab_size` 49408. Padding is 0, which is also the id of "!": use the mask.
+    Attributes: `sot` 49406, `eot` 49407. Padding is 0, which is also the id of "!": use the mask.
     """
 
     def __init__(self) -> None:
-        order, id_of = _byte_order()
-        with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
-            merges = [line.split() for line in islice(file, 1, 1 + N_MERGES)]
+        # Bytes that are visible Latin-1 characters come first and stand for themselves in the merge table; the others
+        # follow, written as the characters from U+0100 on, because the table separates its fields by whitespace.
+        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        order = visible + sorted(set(range(N_BYTES)) - set(visible))
+        written = map(chr, [*visible, *range(0x100, 0x100 + N_BYTES - len(visible))])
         # An id below 256 is a byte inside a word, +256 a byte that ends one, then one id per merge in order of rank.
-        for character, i in list(id_of.items()):
-            id_of[character + "</w>"] = i + N_BYTES
+        id_of = {character: i for i, character in enumerate(written)}
+        id_of |= {f"{character}</w>": i + N_BYTES for character, i in id_of.items()}
         self._merged: dict[tuple[int, int], int] = {}
-        self._bytes = [bytes([byte]) for byte in order] + [bytes([byte]) + b" " for byte in order]
-        for left, right in merges:
-            pair = id_of[left], id_of[right]
-            id_of[left + right] = self._merged[pair] = len(self._bytes)
-            self._bytes.append(self._bytes[pair[0]] + self._bytes[pair[1]])
+        with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
+            for merge, line in enumerate(islice(file, 1, 1 + N_MERGES), start=2 * N_BYTES):
+                left, right = line.split()
+                id_of[left + right] = self._merged[id_of[left], id_of[right]] = merge
         self._id_of_byte = {byte: i for i, byte in enumerate(order)}
         self._words: dict[str, list[int]] = {}  # captions reuse few words: each is merged once
-        self.sot = len(self._bytes)
-        self.eot = self.sot + 1
-        self.vocab_size = self.eot + 1
+        self.sot, self.eot = 2 * N_BYTES + N_MERGES, 2 * N_BYTES + N_MERGES + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without SOT and EOT, of any length; [] for an empty text."""
-        ids: list[int] = []
-        for word in WORD.findall(clean(text)):
-            known = self._words.get(word)
-            if known is None:
-                known = self._words[word] = self._merge(word)
-            ids.extend(known)
-        return ids
+        """Token ids of `text`, without SOT and EOT, of any length; [] for an empty text.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` (a list or a 1-D tensor), cleaned as `encode` leaves it, words separated by one space.
-
-        SOT is dropped and reading stops at the first EOT, so a padded row can be given as it is.
+        Mis-decoded characters are repaired, HTML escaping undone (twice), whitespace collapsed, letters lower-cased.
         """
-        parts: list[bytes] = []
-        for i in map(int, ids):
-            if i == self.eot:
-                break
-            if i != self.sot:
-                parts.append(self._bytes[i])
-        return b"".join(parts).decode("utf-8", errors="replace").rstrip(" ")
+        if not PLAIN.fullmatch(text):
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        ids: list[int] = []
+        for word in WORD.findall(" ".join(text.split()).lower()):
+            if word not in self._words:
+                self._words[word] = self._merge(word)
+            ids += self._words[word]
+        return ids
 
     def __call__(self, texts: Sequence[str], max_words: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows SOT, at most `max_words - 2` tokens (the first ones), EOT, then zeros.
@@ -120,14 +91,11 @@ class Tokenizer:
             best = min(self._merged.get(pair, self.sot) for pair in pairwise(ids))
             if best == self.sot:
                 break
-            joined: list[int] = []
-            i = 0
-            while i < len(ids):
-                if i + 1 < len(ids) and self._merged.get((ids[i], ids[i + 1])) == best:
-                    joined.append(best)
-                    i += 2
+            joined = ids[:1]
+            for i in ids[1:]:
+                if self._merged.get((joined[-1], i)) == best:
+                    joined[-1] = best
                 else:
-                    joined.append(ids[i])
-                    i += 1
+                    joined.append(i)
             ids = joined
         return ids

@@ -4,9 +4,7 @@ Batch first, attention through ``scaled_dot_product_attention``. Parameters carr
 (``resblocks.0.attn.in_proj_weight`` ...).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``: the activation OpenAI trained its CLIP models with."""
-    return x * torch.sigmoid(1.702 * x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention``."""
+class Attention(nn.Module):
+    """Multi-head attention with the parameter names of ``nn.MultiheadAttention``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -33,24 +33,25 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, L, W]; mask bool, broadcastable to [B, heads, L, L], True where a key may be attended."""
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, y: Tensor | None = None) -> Tensor:
+        """x [B, L, W] asks; keys and values are of y [B, K, W], by default of x -> [B, L, W].
+
+        mask: bool, broadcastable to [B, heads, L, K], True where a key may be attended.
+        """
+        width, weight, bias = x.shape[-1], self.in_proj_weight, self.in_proj_bias
+        if y is None:
+            parts = F.linear(x, weight, bias).chunk(3, dim=-1)
+        else:
+            keys_values = F.linear(y, weight[width:], bias[width:])
+            parts = F.linear(x, weight[:width], bias[:width]), *keys_values.chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, length, width))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.act = ACTIVATIONS[activation]
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.act(self.c_fc(x)))
+def mlp(width: int, activation: str) -> nn.Sequential:
+    wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return nn.Sequential(OrderedDict(c_fc=wide, gelu=ACTIVATIONS[activation](), c_proj=narrow))
 
 
 class Block(nn.Module):
@@ -59,9 +60,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, activation: str, eps: float = 1e-5) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SelfAttention(width, heads)
+        self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, activation)
+        self.mlp = mlp(width, activation)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, causal)

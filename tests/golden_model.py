@@ -6,7 +6,7 @@ from tiny_models import make_model
 from checkpoints.names import parameter_name, split_towers
 from checkpoints.read import load_strict
 from engine.compat import COMPAT
-from modules.encoders.clip import CLIP, clip_sizes
+from modules.encoders.clip import CLIP
 
 
 def build(
@@ -20,7 +20,7 @@ def build(
     """Tensors under CLIP4Clip's names -> VideoTextModel in evaluation mode."""
     towers, rest = split_towers(tensors)
     patch = "3d" if "visual.conv2.weight" in towers else "2d"
-    encoder = CLIP(clip_sizes(towers), "quick_gelu", CLIP.Options(linear_patch=patch))
+    encoder = CLIP(CLIP.sizes_of(towers), "quick_gelu", CLIP.Options(linear_patch=patch))
     source = COMPAT[compat]
     settings = vars(source.conventions) | {"cross_num_hidden_layers": num_layers} | settings
     scaled = source.scales_cosines if interaction == "no" else source.scales_tokens

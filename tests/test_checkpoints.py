@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 from checkpoints.files import describe_wrong_file
 from checkpoints.names import split_towers
 from checkpoints.read import CheckpointError, load_strict, read_checkpoint, save_checkpoint
-from modules.encoders.clip import ClipSizes, clip_sizes
+from modules.encoders.clip import CLIP, ClipSizes
 
 SIZES = ClipSizes(
     embed_dim=32,
@@ -157,7 +157,7 @@ def test_torchscript_archive(tmp_path, how, activation, name, dtype):
     assert_equal(checkpoint.tensors, canonical(model.state_dict()))  # .to() changed the model in place: rounded alike
     assert checkpoint.activation == name
     assert "TorchScript" in checkpoint.kind
-    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
+    assert CLIP.sizes_of(split_towers(checkpoint.tensors)[0]) == SIZES
 
 
 def test_torchscript_archive_with_openais_integers(tmp_path):
@@ -273,7 +273,7 @@ def test_open_clip(tmp_path, kind, model_class, quick):
     checkpoint = read_checkpoint(tmp_path)
     assert_equal(checkpoint.tensors, {"clip." + key.removeprefix("text."): value for key, value in state.items()})
     assert checkpoint.activation == {True: "quick_gelu", False: "gelu", None: None}[quick]
-    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
+    assert CLIP.sizes_of(split_towers(checkpoint.tensors)[0]) == SIZES
     assert checkpoint.path == tmp_path / kind
 
 
@@ -330,7 +330,7 @@ def test_hugging_face(tmp_path, activation, safe):
     assert checkpoint.activation == activation
     assert checkpoint.kind == "CLIP, Hugging Face CLIPModel"
     assert split_towers(checkpoint.tensors)[1] == {}
-    assert clip_sizes(split_towers(checkpoint.tensors)[0]) == SIZES
+    assert CLIP.sizes_of(split_towers(checkpoint.tensors)[0]) == SIZES
     ours = OpenClip(
         32,
         CLIPVisionCfg(**OPEN_CLIP_SIZES["vision_cfg"]),
@@ -429,7 +429,7 @@ def test_clip_sizes_at_the_real_shape():
         shapes[f"visual.transformer.resblocks.{i}.attn.in_proj_weight"] = (2304, 768)
         shapes[f"transformer.resblocks.{i}.attn.in_proj_weight"] = (1536, 512)
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert list(asdict(clip_sizes(tensors)).values()) == [512, 224, 12, 768, 32, 77, 49408, 512, 8, 12, 12]
+    assert list(asdict(CLIP.sizes_of(tensors)).values()) == [512, 224, 12, 768, 32, 77, 49408, 512, 8, 12, 12]
 
 
 def test_clip_sizes_of_the_recorded_models():
@@ -440,7 +440,7 @@ def test_clip_sizes_of_the_recorded_models():
     for manifest in manifests:
         shapes = {key: spec[0] for key, spec in manifest["weights"]["tensors"].items()}
         towers = split_towers({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})[0]
-        sizes = asdict(clip_sizes(towers))
+        sizes = asdict(CLIP.sizes_of(towers))
         config = manifest["config"]
         for key in ("embed_dim", "image_resolution", "vision_layers", "vision_width", "context_length", "vocab_size"):
             assert sizes[key] == config[key]
@@ -462,7 +462,7 @@ def test_clip_sizes_of_the_recorded_models():
 )
 def test_clip_sizes_refuses(key, shape, message):
     with pytest.raises(ValueError, match=message):
-        clip_sizes(canonical(tiny().state_dict(), "") | {key: torch.empty(shape)})
+        CLIP.sizes_of(canonical(tiny().state_dict(), "") | {key: torch.empty(shape)})
 
 
 def test_load_strict_lists_what_differs_and_copies_nothing():

@@ -5,7 +5,7 @@ import torch
 from open_clip.model import CLIP as OpenClip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from modules.encoders.clip import CLIP, clip_sizes
+from modules.encoders.clip import CLIP
 
 # image side, patch, vision width, vision layers, text width, text layers, embedding, context, vocabulary
 SIZES = {
@@ -27,7 +27,7 @@ def pair(name: str, activation: str) -> tuple[CLIP, OpenClip]:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     state = {k: v for k, v in theirs.state_dict().items() if k != "attn_mask"}
-    ours = CLIP(clip_sizes(state), activation).eval()
+    ours = CLIP(CLIP.sizes_of(state), activation).eval()
     ours.load_state_dict(state)
     return ours, theirs
 

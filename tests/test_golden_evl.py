@@ -11,10 +11,10 @@ from torch import nn
 from checkpoints.names import NamedTensors, canonical_names, merge, parameter_name, split_towers, unwrap
 from checkpoints.read import CheckpointError, load_strict
 from engine.build import missing_own_parts
-from modules.conventions import Conventions
 from modules.encoders import ENCODERS
-from modules.encoders.clip import CLIP, clip_sizes
-from modules.encoders.internvideo import VideoCLIP, VideoClipSizes, video_clip_sizes
+from modules.encoders.base import Conventions
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from modules.losses.contrastive import contrastive_loss
 from modules.optim import freeze, parameter_groups
 
@@ -26,7 +26,7 @@ ENCODERS_KNOWN = list(ENCODERS.values())
 def build(tensors: dict[str, torch.Tensor]) -> VideoCLIP:
     """Tensors under InternVideo's names -> the tower in evaluation mode; heads are left out."""
     towers = split_towers(tensors)[0]
-    clip = VideoCLIP(video_clip_sizes(towers), "quick_gelu").eval()
+    clip = VideoCLIP(VideoCLIP.sizes_of(towers), "quick_gelu").eval()
     load_strict(clip, towers, "golden vector")
     return clip
 
@@ -227,10 +227,10 @@ def test_names_and_shapes_of_the_real_sizes(stem, size):
     table = load(stem).data[size]
     with torch.device("meta"):
         shapes = {k: torch.empty(v) for k, v in table["clip_evl_model"].items()}
-        clip = VideoCLIP(video_clip_sizes(shapes), "quick_gelu")
+        clip = VideoCLIP(VideoCLIP.sizes_of(shapes), "quick_gelu")
         released = {k: torch.empty(v) for k, v in table["openai_clip"].items()}
         plain = VideoCLIP.adapted(released)
-        assert video_clip_sizes(plain) == clip.sizes
+        assert VideoCLIP.sizes_of(plain) == clip.sizes
     own = {k: list(v.shape) for k, v in clip.state_dict().items()}
     assert own == table["clip_evl_model"]
     assert sum(p.numel() for p in clip.parameters()) == table["n_parameters"]
@@ -361,10 +361,10 @@ def test_mergeclip_refuses_another_size(stem):
 def test_a_plain_clip_starts_the_tower_as_the_mean_of_frames(stem):
     """With its temporal parts at initial values a clip of one frame gives what CLIP's image tower gives."""
     towers = split_towers(canonical_names(weights_of(load(stem), "weights_clip")).tensors)[0]
-    plain = CLIP(clip_sizes(towers), "quick_gelu").eval()
+    plain = CLIP(CLIP.sizes_of(towers), "quick_gelu").eval()
     load_strict(plain, towers, "golden vector")
     start = VideoCLIP.adapted(towers)
-    model = VideoCLIP(video_clip_sizes(start), "quick_gelu").eval()
+    model = VideoCLIP(VideoCLIP.sizes_of(start), "quick_gelu").eval()
     new = missing_own_parts(model, towers)
     assert len(new.keys() - {UNUSED}) == 66
     load_strict(model, start | new, "tiny.pt")

@@ -12,9 +12,9 @@ from tiny_models import make_head, make_model
 
 from checkpoints.names import parameter_name, split_towers
 from checkpoints.read import load_strict
-from modules.conventions import Conventions
-from modules.encoders.clip import CLIP, clip_sizes
-from modules.encoders.internvideo import VideoCLIP, video_clip_sizes
+from modules.encoders.base import Conventions
+from modules.encoders.clip import CLIP
+from modules.encoders.internvideo import VideoCLIP
 from modules.losses import Pairs
 from modules.losses.cdcr import CDCR, chosen_token, cross_correlation, decorrelation
 from modules.losses.contrastive import contrastive_loss
@@ -45,7 +45,7 @@ def model_of(vector) -> VideoTextModel:
     sim_header = AGGREGATION[config.get("agg_module", "None")]
     if not config.get("clip_evl"):
         return build(tensors, sim_header, compat="drl", interaction=interaction_of(config), **settings_of(config))
-    sizes = video_clip_sizes(split_towers(tensors)[0])
+    sizes = VideoCLIP.sizes_of(split_towers(tensors)[0])
     conventions = Conventions(read_padding=True, source_frames=config["max_frames"])
     encoder = VideoCLIP(sizes, "quick_gelu", conventions=conventions)
     model = make_model(encoder, sim_header, interaction_of(config), scaled=False, **settings_of(config)).eval()
@@ -232,7 +232,7 @@ def parameter_free(text: torch.Tensor, frames: torch.Tensor, data: dict) -> dict
 @pytest.mark.parametrize("stem", fixtures("C5*"))
 def test_xpool_starts_as_the_identity(stem):
     vector = load(stem)
-    start = make_head("xpool", CLIP(clip_sizes(split_towers(weights(vector))[0]), "gelu").head_sizes).state_dict()
+    start = make_head("xpool", CLIP(CLIP.sizes_of(split_towers(weights(vector))[0]), "gelu").head_sizes).state_dict()
     wanted = vector.data["pooling_initial_values"]
     assert set(start) == {f"pool_frames.{name}" for name in wanted}
     make = {"eye": lambda t: torch.eye(len(t)), "zeros": torch.zeros_like, "ones": torch.ones_like}

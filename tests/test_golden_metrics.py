@@ -10,8 +10,6 @@ from modules.metrics import (
     retrieval_metrics,
     retrieval_ranks,
     summarize,
-    text_to_video_ranks,
-    video_to_text_ranks,
 )
 
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "MeanR": "MeanR"}
@@ -33,8 +31,8 @@ def test_square(stem):
         t2v, v2t = retrieval_ranks(sim, owner)
         assert t2v.tolist() == want["t2v"]["ranks"]
         assert v2t.tolist() == want["v2t"]["ranks"]
-        assert text_to_video_ranks(dual_softmax(sim, 0), owner).tolist() == want["dsl_t2v"]["ranks"]
-        assert video_to_text_ranks(dual_softmax(sim, 1), owner).tolist() == want["dsl_v2t"]["ranks"]
+        assert retrieval_ranks(dual_softmax(sim, 0), owner)[0].tolist() == want["dsl_t2v"]["ranks"]
+        assert retrieval_ranks(dual_softmax(sim, 1), owner)[1].tolist() == want["dsl_v2t"]["ranks"]
         metrics = retrieval_metrics(sim, owner)
         for kind, prefix in (("raw", ""), ("dsl", "dsl_")):
             for direction in ("t2v", "v2t"):
@@ -72,7 +70,7 @@ def test_ties_are_lost_and_nan_is_refused(stem):
             with pytest.raises(ValueError, match="NaN, the first at caption"):
                 retrieval_ranks(matrix, owner)
             continue
-        ranks = text_to_video_ranks(matrix, owner)
+        ranks = retrieval_ranks(matrix, owner)[0]
         assert ranks.tolist() == [bound["pessimistic"] for bound in case["t2v_rank_bounds"]], name
 
 

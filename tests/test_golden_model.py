@@ -8,7 +8,7 @@ from tiny_models import make_encoder, make_head
 
 from checkpoints.names import parameter_name
 from modules.encoders import Sizes
-from modules.encoders.clip import ClipSizes, clip_sizes
+from modules.encoders.clip import CLIP, ClipSizes
 from modules.losses.contrastive import contrastive_loss
 from modules.model import VideoTextModel
 
@@ -29,7 +29,7 @@ def test_features_logits_loss_and_gradients(stem):
     with torch.no_grad():
         features = model.clip.encode_frames(frames, torch.ones_like(frame_mask))[0]
         tower = model.clip.visual
-        patches = tower.clip_patches(frames[:1])[0] if tower.temporal_patch else tower.patches(frames[0])
+        patches = tower.patches(frames[:1])[0] if tower.temporal_patch else tower.patches(frames[0])
         got = {
             "frame_features": features,
             "image_hidden_first2": tower.ln_post(tower.attend(patches[:2])) @ tower.proj,
@@ -153,7 +153,7 @@ def test_heads_start_from_clip(stem, case):
     table = vector.data["cases"][case]
     sim_header, patch = case.split("/")
     tensors = {f"clip.{k}": v for k, v in clip.items()}
-    encoder = make_encoder("clip", clip_sizes(clip), linear_patch=patch)
+    encoder = make_encoder("clip", CLIP.sizes_of(clip), linear_patch=patch)
     head = make_head(sim_header, encoder.head_sizes, **layers(vector.config))
     start = tensors | {f"clip.{k}": v for k, v in encoder.start_values(clip).items()}
     start |= head.state_dict() | head.init_from_clip(clip)

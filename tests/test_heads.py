@@ -5,7 +5,7 @@ import torch
 from tiny_models import CASES, SIZES, batch, tiny_model
 from torch import Tensor
 
-from modules.conventions import Conventions
+from modules.encoders.base import Conventions
 from modules.encoders.internvideo import Slots
 from modules.heads import HEADS
 from modules.heads.base import Head, register
@@ -143,7 +143,9 @@ def test_compiles_without_a_break(case):
 def test_towers_compile_without_a_break(tower):
     model = tiny_model("meanP", "no", tower)
     ids, _, frames, _ = batch()
-    for function, argument in ((model.clip.visual, frames.flatten(0, 1)), (model.clip.text_tokens, ids)):
+    visual, clips = model.clip.visual, frames if tower == "3d" else frames.flatten(0, 1)
+    patches = visual.patches(clips).flatten(0, -3)
+    for function, argument in ((visual.patches, clips), (visual, patches), (model.clip.text_tokens, ids)):
         torch._dynamo.reset()
         with torch.no_grad():
             got = torch.compile(function, backend="eager", fullgraph=True)(argument)

@@ -15,7 +15,7 @@ from dataloaders.registry import load_annotations, short_id
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
 from engine.data import trained_videos
 from main_task_retrieval import main
-from modules.metrics import duplicates, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
+from modules.metrics import duplicates, retrieval_metrics, retrieval_ranks
 
 
 def split_of(n: int, expected: Expected, missing: tuple[str, ...] = ()) -> RetrievalSplit:
@@ -156,10 +156,10 @@ def test_duplicate_aware_ranks_by_hand():
     by_caption, by_video = duplicates(captions, owner)
     assert by_caption == {0: [1], 2: [0]}
     assert by_video == {0: [1], 1: [0]}
-    assert text_to_video_ranks(sim, owner).tolist() == [2, 0, 0, 0]
-    assert text_to_video_ranks(sim, owner, by_caption).tolist() == [0, 0, 0, 0]
+    assert retrieval_ranks(sim, owner)[0].tolist() == [2, 0, 0, 0]
+    assert retrieval_ranks(sim, owner, (by_caption, by_video))[0].tolist() == [0, 0, 0, 0]
     # Video 2: its own caption 0.3 lies behind group 0 (0.7) and group 1 (0.7); nothing changes for it.
-    assert video_to_text_ranks(sim, owner, by_video).tolist() == [0, 0, 2]
+    assert retrieval_ranks(sim, owner, (by_caption, by_video))[1].tolist() == [0, 0, 2]
     metrics = retrieval_metrics(sim, owner, captions=captions)
     assert metrics["raw"]["t2v"]["R@1"] == 75.0
     assert metrics["duplicate_aware"]["t2v"]["R@1"] == 100.0
@@ -168,7 +168,7 @@ def test_duplicate_aware_ranks_by_hand():
 
 def test_duplicate_aware_ties_with_wrong_candidates_are_still_lost():
     captions, owner = ["x", "x", "y"], torch.tensor([0, 1, 2])
-    assert text_to_video_ranks(torch.ones(3, 3), owner, duplicates(captions, owner)[0]).tolist() == [1, 1, 2]
+    assert retrieval_ranks(torch.ones(3, 3), owner, duplicates(captions, owner))[0].tolist() == [1, 1, 2]
 
 
 def test_one_video_under_two_names_is_one_video(tmp_path):

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from modules.metrics import format_metrics, qb_norm, retrieval_metrics, text_to_video_ranks
+from modules.metrics import format_metrics, qb_norm, retrieval_metrics, retrieval_ranks
 
 
 def test_a_hub_is_normalised_away():
     """Video 2 is nearest to both bank queries: a hub. Captions 0 and 1 prefer it by a hair and get their own back."""
     similarity = np.array([[0.50, 0.10, 0.52], [0.10, 0.50, 0.52], [0.10, 0.10, 0.90]])
     bank = np.array([[0.1, 0.2, 0.9], [0.2, 0.1, 0.8]])
-    assert text_to_video_ranks(similarity, range(3)).tolist() == [1, 1, 0]
-    assert text_to_video_ranks(qb_norm(similarity, bank), range(3)).tolist() == [0, 0, 0]
+    assert retrieval_ranks(similarity, range(3))[0].tolist() == [1, 1, 0]
+    assert retrieval_ranks(qb_norm(similarity, bank), range(3))[0].tolist() == [0, 0, 0]
 
 
 def test_a_query_whose_nearest_is_no_hub_is_left_alone():

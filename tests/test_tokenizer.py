@@ -98,20 +98,6 @@ def test_a_row_worked_out_by_hand():
     assert mask.all()
 
 
-def test_decode():
-    ids, _ = OURS(["  A Café's   door, 20 😀 "], 32)
-    assert OURS.decode(ids[0]) == "a café 's door , 2 0 😀"
-    assert OURS.decode([]) == ""
-
-
-@settings(max_examples=200, deadline=None)
-@given(captions)
-def test_decoded_text_encodes_to_the_same_letters(text):
-    ids = OURS.encode(text)
-    letters = OURS.decode(ids).replace(" ", "")
-    assert letters == "".join("".join(THEIRS.clean_fn(text)).split())
-
-
 def test_refuses_a_single_string_and_no_room():
     with pytest.raises(TypeError, match="sequence of captions"):
         OURS("a dog", 32)

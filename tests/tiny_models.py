@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from modules.conventions import Conventions
 from modules.encoders import ENCODERS, Sizes
+from modules.encoders.base import Conventions
 from modules.encoders.clip import CLIP, ClipSizes
 from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from modules.heads import HEADS, INTERACTIONS, Head

@@ -1,7 +1,5 @@
 """Encoders: texts and frames into one space. One file each, found by its presence in this folder."""
 
-from __future__ import annotations
-
 from modules.encoders.base import ENCODERS, Encoder, Sizes, register
 
 ENCODERS.load(__name__, __path__)

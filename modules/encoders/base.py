@@ -3,8 +3,6 @@
 Letters: N captions, V videos, L tokens, T frames, D embedding width, S image side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.conventions import RIGHT, Conventions
 from plugins import NoOptions, Registry
 
-ENCODERS: Registry[type[Encoder]] = Registry("encoder", "encoder")
+ENCODERS: Registry[type["Encoder"]] = Registry("encoder", "encoder")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -41,6 +38,22 @@ class Sizes:
     token_width: int  # width of the tokens that encode_text gives
 
 
+@dataclass(frozen=True)
+class Conventions:
+    """What source projects compute otherwise. Defaults are right; engine/compat.py says who differs where, and why."""
+
+    normalize_frames: bool = True  # frames to unit length before their mean
+    mask_padding: bool = True  # padded tokens and frames stay out of a maximum; False: they score 0 in it
+    read_padding: bool = False  # a video tower reads padding as frames of the mean colour
+    cross_heads: int | None = None  # attention heads of the cross encoder; None: one per 64 channels
+    # What the sources' loaders fill captions and clips to; it counts where padding takes part.
+    source_words: int = 0
+    source_frames: int = 0
+
+
+RIGHT = Conventions()
+
+
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
@@ -51,7 +64,7 @@ class Encoder(nn.Module):
     Options: type = NoOptions
     image: ImageInput  # set before __init__ of this class is called
     title = "encoder"  # in messages
-    chosen_by: str  # the flag that chooses it; by default ``--encoder name``
+    chosen_by: str  # the flag that chooses it, in messages
     name = ""  # under which it is registered
     has_half = False  # whether there is a :meth:`to_half`
     trained_with: str | None = None  # the activation of all files of this encoder's own, where there is but one
@@ -65,12 +78,10 @@ class Encoder(nn.Module):
     def __init__(self, sizes: Any, activation: str, options: Any, conventions: Conventions = RIGHT) -> None:
         super().__init__()
         self.sizes, self.activation, self.options, self.conventions = sizes, activation, options, conventions
-        image = self.image
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image.mean, self.image.std))
         # Buffers, so that normalising copies nothing to the device; not stored, as no file has them.
-        self.register_buffer("image_std", 255 * torch.tensor(image.std).view(3, 1, 1), persistent=False)
-        self.register_buffer(
-            "image_shift", (torch.tensor(image.mean) / torch.tensor(image.std)).view(3, 1, 1), persistent=False
-        )
+        self.register_buffer("image_std", 255 * std, persistent=False)
+        self.register_buffer("image_shift", mean / std, persistent=False)
 
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> Any:
@@ -111,7 +122,7 @@ class Encoder(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All it takes to build this encoder without weights, JSON-ready; see :func:`modules.encoders.from_spec`."""
+        """All it takes to build this encoder without weights, JSON-ready: it stands in every sidecar."""
         return {
             "name": self.name,
             "sizes": asdict(self.sizes),
@@ -173,12 +184,11 @@ class Encoder(nn.Module):
         return ()
 
 
-def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
-    """Class decorator: make an encoder available as ``--encoder name``."""
+def register(name: str, chosen_by: str = "") -> Callable[[type[Encoder]], type[Encoder]]:
+    """Class decorator: make an encoder available as ``--encoder name``, by its own flag `chosen_by` too."""
 
     def add(encoder: type[Encoder]) -> type[Encoder]:
-        if "chosen_by" not in vars(encoder):
-            encoder.chosen_by = f"--encoder {name}"
+        encoder.chosen_by = chosen_by or f"--encoder {name}"
         return ENCODERS.register(name)(encoder)
 
     return add

@@ -4,8 +4,6 @@ Parameters carry the names of OpenAI's release (``visual.transformer.resblocks.0
 released state dict loads as it stands.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
@@ -16,23 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.conventions import RIGHT, Conventions
-from modules.encoders.base import Encoder, ImageInput, Sizes, register
+from modules.encoders.base import RIGHT, Conventions, Encoder, ImageInput, Sizes, register
 from modules.tokenizer import Tokenizer
 from modules.transformer import ACTIVATIONS, Transformer
 from plugins import flag
 
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
 WIDEST_IMAGE_TOWER = 1024  # of ViT-L: wider towers of open_clip have heads of other widths
-STEM = (
-    "positional_embedding",
-    "token_embedding.weight",
-    "visual.class_embedding",
-    "visual.positional_embedding",
-    "visual.conv1.weight",
-    "visual.ln_pre.weight",
-    "visual.ln_pre.bias",
-)
+STEM = re.compile(r"(?:visual\.)?(?:(?:token|class|positional)_embedding|conv1|ln_pre)(?:\.|$)")
 LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
 BLOCK = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.")
 
@@ -52,50 +41,6 @@ class ClipSizes:
     text_heads: int
     text_layers: int
     vision_heads: int
-
-
-def clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
-    """Sizes of the CLIP in `tensors`, under OpenAI's names. Raises ValueError for shapes that are not a ViT CLIP's.
-
-    Heads are not visible in the weights: OpenAI's models have one per 64 channels.
-    """
-
-    def count_blocks(tower: str) -> int:
-        return sum(re.fullmatch(tower + r"\.resblocks\.\d+\.attn\.in_proj_weight", key) is not None for key in tensors)
-
-    conv = tensors["visual.conv1.weight"]
-    if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
-        raise ValueError(f"clip.visual.conv1.weight has shape {list(conv.shape)}: not square image patches")
-    width, patch = conv.shape[0], conv.shape[-1]
-    rows = len(tensors["visual.positional_embedding"]) - 1
-    side = math.isqrt(rows)
-    if side * side != rows:
-        raise ValueError(
-            f"clip.visual.positional_embedding has {rows} patch positions, not a square number: only square images are "
-            "supported"
-        )
-    text_width = len(tensors["ln_final.weight"])
-    for tower, size in (("image", width), ("text", text_width)):
-        if size % HEAD_WIDTH:
-            raise ValueError(f"the {tower} tower is {size} wide, not a multiple of {HEAD_WIDTH} (one head)")
-    if width > WIDEST_IMAGE_TOWER:
-        raise ValueError(
-            f"the image tower is {width} wide. Models wider than ViT-L ({WIDEST_IMAGE_TOWER}) have heads of other "
-            f"widths than {HEAD_WIDTH}, which weights do not show, and are not built here."
-        )
-    return ClipSizes(
-        embed_dim=tensors["text_projection"].shape[1],
-        image_resolution=patch * side,
-        vision_layers=count_blocks(r"visual\.transformer"),
-        vision_width=width,
-        patch_size=patch,
-        context_length=len(tensors["positional_embedding"]),
-        vocab_size=len(tensors["token_embedding.weight"]),
-        text_width=text_width,
-        text_heads=text_width // HEAD_WIDTH,
-        text_layers=count_blocks("transformer"),
-        vision_heads=width // HEAD_WIDTH,
-    )
 
 
 class ImageTower(nn.Module):
@@ -119,29 +64,25 @@ class ImageTower(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, sizes.embed_dim))
 
-    def patches(self, images: Tensor) -> Tensor:
-        """images float [B, 3, S, S] -> embedded patches [B, P, width]; with `temporal_patch` clips of one frame."""
-        if self.temporal_patch:
-            return self.clip_patches(images[:, None])[:, 0]
-        return self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+    def patches(self, frames: Tensor) -> Tensor:
+        """frames float [R, 3, S, S] -> embedded patches [R, P, width].
 
-    def clip_patches(self, clips: Tensor) -> Tensor:
-        """clips float [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width] by `conv2`."""
-        return self.conv2(clips.transpose(1, 2).to(self.conv2.weight.dtype)).flatten(3).permute(0, 2, 3, 1)
+        With `temporal_patch` clips [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width].
+        """
+        if self.temporal_patch:
+            frames = frames.transpose(1, 2).to(self.conv2.weight.dtype)
+            return self.conv2(frames).flatten(3).permute(0, 2, 3, 1)
+        return self.conv1(frames.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
 
     def attend(self, patches: Tensor) -> Tensor:
-        """Embedded patches [B, P, width] -> tokens [B, 1 + P, width] before ``ln_post`` and projection; CLS first."""
+        """Embedded patches [R, P, width] -> tokens [R, 1 + P, width] before ``ln_post`` and projection; CLS first."""
         cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         return self.transformer(self.ln_pre(x))
 
-    def feature(self, patches: Tensor) -> Tensor:
-        """Embedded patches [B, P, width] -> image features [B, D], not unit length."""
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embedded patches [R, P, width] -> image features [R, D], not unit length."""
         return self.ln_post(self.attend(patches)[:, 0]) @ self.proj
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images float [B, 3, S, S], normalised -> image features [B, D], not unit length."""
-        return self.feature(self.patches(images))
 
 
 @dataclass(frozen=True)
@@ -156,6 +97,7 @@ class CLIP(Encoder):
     Options = ClipOptions
     title = family = "CLIP"
     has_half = True
+    projects_tokens = True  # of a text to width D, not only the feature of its end
     own_parts: tuple[str, ...] = ("visual.conv2.",)
     spec_options: tuple[str, ...] = ("linear_patch",)
 
@@ -179,10 +121,45 @@ class CLIP(Encoder):
         self.visual = ImageTower(self.sizes, self.activation, self.options.linear_patch == "3d")
 
     @classmethod
-    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> ClipSizes:
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any = None) -> ClipSizes:
+        """Raises ValueError for shapes that are not a ViT CLIP's.
+
+        Heads are not visible in the weights: OpenAI's models have one per 64 channels.
+        """
         if options is not None and options.linear_patch == "2d" and "visual.conv2.weight" in tensors:
             raise ValueError("clip.visual.conv2.weight has no place with --linear_patch 2d; give --linear_patch 3d")
-        return clip_sizes(tensors)
+        conv = tensors["visual.conv1.weight"]
+        if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
+            raise ValueError(f"clip.visual.conv1.weight has shape {list(conv.shape)}: not square image patches")
+        width, patch = conv.shape[0], conv.shape[-1]
+        rows = len(tensors["visual.positional_embedding"]) - 1
+        side = math.isqrt(rows)
+        if side * side != rows:
+            raise ValueError(f"clip.visual.positional_embedding has {rows} patch positions, not a square number")
+        text_width = len(tensors["ln_final.weight"])
+        for tower, size in (("image", width), ("text", text_width)):
+            if size % HEAD_WIDTH:
+                raise ValueError(f"the {tower} tower is {size} wide, not a multiple of {HEAD_WIDTH} (one head)")
+        if width > WIDEST_IMAGE_TOWER:
+            raise ValueError(
+                f"the image tower is {width} wide. Models wider than ViT-L ({WIDEST_IMAGE_TOWER}) have heads of other "
+                f"widths than {HEAD_WIDTH}, which weights do not show, and are not built here."
+            )
+        blocks = {match[0] for match in map(BLOCK.match, tensors) if match}
+        vision_layers = sum(block.startswith("visual.") for block in blocks)
+        return ClipSizes(
+            embed_dim=tensors["text_projection"].shape[1],
+            image_resolution=patch * side,
+            vision_layers=vision_layers,
+            vision_width=width,
+            patch_size=patch,
+            context_length=len(tensors["positional_embedding"]),
+            vocab_size=len(tensors["token_embedding.weight"]),
+            text_width=text_width,
+            text_heads=text_width // HEAD_WIDTH,
+            text_layers=len(blocks) - vision_layers,
+            vision_heads=width // HEAD_WIDTH,
+        )
 
     @property
     def tower(self) -> str:
@@ -197,7 +174,8 @@ class CLIP(Encoder):
     @property
     def head_sizes(self) -> Sizes:
         sizes = self.sizes
-        return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, token_width=sizes.embed_dim)
+        token_width = sizes.embed_dim if self.projects_tokens else sizes.text_width
+        return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, token_width)
 
     def start_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Patches of three frames start with those of one in the middle, as in CLIP4Clip."""
@@ -213,10 +191,10 @@ class CLIP(Encoder):
         self.check_frames(frames, frame_mask)
         if self.visual.temporal_patch:
             clips = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
-            patches = self.visual.clip_patches(clips)[frame_mask]
+            patches = self.visual.patches(clips)[frame_mask]
         else:
             patches = self.visual.patches(self.normalize(frames[frame_mask]))
-        features = self.visual.feature(patches).float()
+        features = self.visual(patches).float()
         out = features.new_zeros(*frame_mask.shape, features.shape[-1])
         return out.masked_scatter(frame_mask.unsqueeze(-1), features), None
 
@@ -233,9 +211,15 @@ class CLIP(Encoder):
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """token_ids int64 [N, L] -> the feature at the end-of-text token (the highest id) [N, D], tokens [N, L, D]."""
-        tokens = self.text_tokens(token_ids) @ self.text_projection
-        return tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)], tokens
+        """token_ids int64 [N, L] -> the feature at the end-of-text token (the highest id) [N, D], tokens [N, L, D].
+
+        Without `projects_tokens` only the feature is projected: tokens [N, L, text width].
+        """
+        tokens = self.text_tokens(token_ids)
+        if self.projects_tokens:
+            tokens = tokens @ self.text_projection
+        ends = tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)]
+        return ends if self.projects_tokens else ends @ self.text_projection, tokens
 
     def to_half(self) -> None:
         """As CLIP4Clip's ``convert_weights``: float16 but for LayerNorms, embeddings, positions and the logit scale.
@@ -251,10 +235,9 @@ class CLIP(Encoder):
                 module.register_forward_hook(lambda _, inputs, output: output.half())
 
     def depth(self, name: str) -> int | None:
-        block = BLOCK.match(name)
-        if block:
+        if block := BLOCK.match(name):
             return int(block[1]) + 1
-        return 0 if name in STEM else None
+        return 0 if STEM.match(name) else None
 
     @property
     def blocks(self) -> int:

@@ -6,9 +6,8 @@ arXiv 2211.09552; InternVideo, arXiv 2212.03191). Parameters carry InternVideo's
 stand.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.encoders.base import Sizes, register
-from modules.encoders.clip import CLIP, ClipSizes, clip_sizes
-from modules.transformer import Mlp, SelfAttention, Transformer
+from modules.encoders.base import register
+from modules.encoders.clip import CLIP, ClipSizes
+from modules.transformer import Attention, Transformer, mlp
 from plugins import flag, within
 
 USUAL_DECODERS = 4  # in every InternVideo model, for every size of ViT
 PATCHES = "visual.conv1.weight"
+DECODER = re.compile(r"visual\.transformer\.dec\.\d+\.")
 UNUSED = "text_mask_embedding"
 
 
 @dataclass(frozen=True)
+class VideoClipSizes(ClipSizes):
+    """Shape of a CLIP with the video tower. `read_after`: after which blocks (from 0) the clip is read."""
+
+    read_after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Slots:
-    """Where R packed frames stand among the V * T slots of a batch of clips.
+    """Where R packed frames stand among the V * T slots of a batch of clips."""
 
-    `keep`: bool [V, T], True where a slot holds a frame. `places`: int64 [R], their numbers, or None if all do.
-    """
-
-    keep: Tensor
-    places: Tensor | None
+    keep: Tensor  # bool [V, T], True where a slot holds a frame
+    places: Tensor | None  # int64 [R], their numbers, or None if all do
 
     @classmethod
-    def of(cls, keep: Tensor) -> Slots:
+    def of(cls, keep: Tensor) -> "Slots":
         places = keep.flatten().nonzero().squeeze(1)
         return cls(keep, None if len(places) == keep.numel() else places)
 
@@ -48,32 +52,15 @@ class Slots:
             rows = rows.new_zeros(self.keep.numel(), *rows.shape[1:]).index_copy(0, self.places, rows)
         return rows.unflatten(0, self.keep.shape)
 
-    def key_mask(self, tokens: int) -> Tensor | None:
-        """bool [V, 1, 1, T * tokens] for attention to all tokens of a clip; None if all slots are filled."""
-        return None if self.places is None else self.keep.repeat_interleave(tokens, dim=1)[:, None, None]
-
-
-class CrossAttention(SelfAttention):
-    """Attention with the parameters of :class:`SelfAttention` whose keys and values are other tokens."""
-
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [V, Q, W] asks, y [V, K, W] is read; mask bool, broadcastable to [V, heads, Q, K] -> [V, Q, W]."""
-        width = x.shape[-1]
-        q = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
-        k, v = F.linear(y, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
 
 class Extractor(nn.Module):
     """``x += attn(ln_1(x), ln_3(y)); x += mlp(ln_2(x))`` (EVL). It starts as the identity, as UniFormerV2's does."""
 
     def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
-        self.attn = CrossAttention(width, heads)
+        self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, activation)
+        self.mlp = mlp(width, activation)
         self.ln_2 = nn.LayerNorm(width)
         self.ln_3 = nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.attn.in_proj_weight)
@@ -84,16 +71,17 @@ class Extractor(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [V, 1, W], y [V, K, W], mask bool [V, 1, 1, K] -> [V, 1, W]."""
-        x = x + self.attn(self.ln_1(x), self.ln_3(y), mask)
+        x = x + self.attn(self.ln_1(x), mask, y=self.ln_3(y))
         return x + self.mlp(self.ln_2(x))
 
 
 class VideoTransformer(Transformer):
     """CLIP's blocks on single frames; a temporal class token reads whole clips after the blocks in `read_after`."""
 
-    def __init__(self, width: int, layers: int, heads: int, activation: str, read_after: Sequence[int]) -> None:
-        super().__init__(width, layers, heads, activation)
-        self.read_after = tuple(read_after)
+    def __init__(self, sizes: VideoClipSizes, activation: str) -> None:
+        width, heads = sizes.vision_width, sizes.vision_heads
+        super().__init__(width, sizes.vision_layers, heads, activation)
+        self.read_after = sizes.read_after
         self.temporal_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.balance = nn.Parameter(torch.zeros(width))
         self.dpe = nn.ModuleList(nn.Conv3d(width, width, 3, padding=1, groups=width) for _ in self.read_after)
@@ -105,29 +93,25 @@ class VideoTransformer(Transformer):
     def forward(self, x: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """x [R, L, W], tokens of frames with CLS first -> the clips' tokens [V, W] and the frames' CLS [R, W]."""
         temporal = self.temporal_cls_token.expand(len(slots.keep), -1, -1)
-        mask = slots.key_mask(x.shape[1])
+        mask = None  # [V, 1, 1, T * L], for attention to all tokens of a clip
+        if slots.places is not None:
+            mask = slots.keep.repeat_interleave(x.shape[1], dim=1)[:, None, None]
+        grid = round((x.shape[1] - 1) ** 0.5)
         readers = dict(zip(self.read_after, zip(self.dpe, self.dec)))
         for number, block in enumerate(self.resblocks):
             x = block(x)
             if number in readers:
                 convolution, extractor = readers[number]
-                seen = add_positions(slots.fill(x), convolution)  # for the extractor only: x goes on as it was
+                # Positions of patches, not of CLS, over time, rows and columns; an empty slot of zeros is to the
+                # convolution what lies beyond the end of a clip. For the extractor only: x goes on as it was.
+                cls, patches = slots.fill(x).split([1, grid * grid], dim=2)
+                moved = convolution(patches.unflatten(2, (grid, grid)).permute(0, 4, 1, 2, 3))
+                seen = torch.cat([cls, patches + moved.permute(0, 2, 3, 4, 1).flatten(2, 3)], dim=2)
                 temporal = extractor(temporal, seen.flatten(1, 2), mask)
         frames = x[:, 0]
         mean = slots.fill(frames).sum(dim=1) / slots.keep.sum(dim=1, keepdim=True)
         weight = self.balance.sigmoid()
         return (1 - weight) * temporal[:, 0] + weight * mean, frames
-
-
-def add_positions(tokens: Tensor, convolution: nn.Conv3d) -> Tensor:
-    """tokens [V, T, 1 + grid * grid, W] + the convolution, over time, rows and columns, of its patches; not of CLS.
-
-    An empty slot of zeros is to the convolution what lies beyond the end of a clip.
-    """
-    patches = tokens[:, :, 1:]
-    grid = round(patches.shape[2] ** 0.5)
-    moved = convolution(patches.unflatten(2, (grid, grid)).permute(0, 4, 1, 2, 3))
-    return torch.cat([tokens[:, :, :1], patches + moved.permute(0, 2, 3, 4, 1).flatten(2, 3)], dim=2)
 
 
 class VideoTower(nn.Module):
@@ -141,9 +125,7 @@ class VideoTower(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = VideoTransformer(
-            width, sizes.vision_layers, sizes.vision_heads, activation, sizes.read_after
-        )
+        self.transformer = VideoTransformer(sizes, activation)
 
     def forward(self, frames: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """frames float [R, 3, S, S], normalised -> the clips' tokens [V, W] and the frames' CLS [R, W], both raw."""
@@ -154,33 +136,24 @@ class VideoTower(nn.Module):
         return self.transformer(self.ln_pre(x), slots)
 
 
-@dataclass(frozen=True)
-class VideoClipSizes(ClipSizes):
-    """Shape of a CLIP with the video tower. `read_after`: after which blocks (from 0) the clip is read."""
-
-    read_after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class InternVideoOptions:
-    clip_evl: bool = flag(
-        False, "InternVideo's video tower instead of CLIP's image tower; chooses this encoder", chooses=True
-    )
-    pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
-    mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
-    mergeweight: float = flag(
-        0.5, "weight of the CLIP in that average, the rest is the file's", must_be=within(0, 1), tolerated=True
-    )
-
-
-@register("internvideo")
+@register("internvideo", chosen_by="--clip_evl")
 class VideoCLIP(CLIP):
     """CLIP whose image tower is InternVideo's video tower; the text tower is CLIP's."""
 
-    Options = InternVideoOptions
+    @dataclass(frozen=True)
+    class Options:
+        clip_evl: bool = flag(
+            False, "InternVideo's video tower instead of CLIP's image tower; chooses this encoder", chooses=True
+        )
+        pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
+        mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
+        mergeweight: float = flag(
+            0.5, "weight of the CLIP in that average, the rest is the file's", must_be=within(0, 1), tolerated=True
+        )
+
     title, family = "InternVideo's video tower", "InternVideo"
-    chosen_by = "--clip_evl"
     has_half, trained_with = False, "quick_gelu"
+    projects_tokens = False  # InternVideo's token-wise interaction compares them so, where widths are equal
     spec_options: tuple[str, ...] = ()
     own_parts = (*(f"visual.transformer.{part}" for part in ("temporal_cls_token", "balance", "dpe.", "dec.")), UNUSED)
     # InternVideo merges by name, and CLIP has these under others: it leaves them out, so its published models have
@@ -200,8 +173,17 @@ class VideoCLIP(CLIP):
         self.text_mask_embedding = nn.Parameter(torch.zeros(1, 1, sizes.text_width), requires_grad=False)
 
     @classmethod
-    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> VideoClipSizes:
-        return video_clip_sizes(tensors)
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any = None) -> VideoClipSizes:
+        """The decoders stand after the last blocks, one each: as many as the weights have, else (plain CLIP) four."""
+        patches = tensors[PATCHES]
+        if patches.ndim != 5 or patches.shape[2] != 1:
+            raise ValueError(f"clip.{PATCHES} is {list(patches.shape)}, not that of a video tower, [width, 3, 1, p, p]")
+        plain = super().sizes_of({**tensors, PATCHES: patches.squeeze(2)})
+        layers = plain.vision_layers
+        decoders = len({match[0] for match in map(DECODER.match, tensors) if match}) or min(USUAL_DECODERS, layers)
+        if decoders > layers:
+            raise ValueError(f"the video tower has {decoders} temporal decoders for {layers} blocks; at most one each")
+        return VideoClipSizes(**vars(plain), read_after=tuple(range(layers - decoders, layers)))
 
     @classmethod
     def adapted(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,35 +195,20 @@ class VideoCLIP(CLIP):
         return found
 
     @classmethod
-    def own_weights(cls, options: InternVideoOptions) -> tuple[str, Path] | None:
+    def own_weights(cls, options: Any) -> tuple[str, Path] | None:
         return ("pretrained_path", options.pretrained_path) if options.pretrained_path else None
 
     @classmethod
-    def merge_weight(cls, options: InternVideoOptions) -> float | None:
+    def merge_weight(cls, options: Any) -> float | None:
         return options.mergeweight if options.mergeclip else None
-
-    @property
-    def head_sizes(self) -> Sizes:
-        sizes = self.sizes
-        return Sizes(sizes.embed_dim, sizes.context_length, sizes.text_heads, token_width=sizes.text_width)
-
-    def encode_text(self, token_ids: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """token_ids int64 [N, L] -> the projected feature [N, D], tokens [N, L, text width] that are not projected.
-
-        InternVideo's token-wise interaction compares these with the frames, which works where both are equally wide.
-        """
-        tokens = self.text_tokens(token_ids)
-        ends = tokens[torch.arange(len(tokens), device=tokens.device), token_ids.argmax(dim=-1)]
-        return ends @ self.text_projection, tokens
 
     def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> frames [V, T, D], videos [V, D], not unit.
 
-        Frames that the mask leaves out do not matter, whatever they hold; their own features are zeros. Under
-        ``conventions.read_padding`` they are read as frames of normalised zeros (the mean colour) and count in
-        everything, as in InternVideo; clips are first filled to ``source_frames`` (its loaders fill to --max_frames),
-        so that the result does not depend on the batch. The frame features then cover the padding as well. Raises
-        ValueError for a wrong image side or an empty clip.
+        What padding holds does not matter; its features are zeros. Under ``conventions.read_padding`` it is read as
+        frames of normalised zeros (the mean colour) and counts in everything, as in InternVideo, frame features
+        included; clips are first filled to ``source_frames`` (its loaders fill to --max_frames), so that the result
+        does not depend on the batch. Raises ValueError for a wrong image side or an empty clip.
         """
         self.check_frames(frames, frame_mask)
         if self.conventions.read_padding:
@@ -260,23 +227,3 @@ class VideoCLIP(CLIP):
 
     def without_gradient(self, reads_tokens: bool, reads_whole: bool) -> tuple[str, ...]:
         return (("text_projection",) if reads_tokens else ()) + (() if reads_whole else self.own_parts)
-
-
-def video_clip_sizes(tensors: Mapping[str, Tensor]) -> VideoClipSizes:
-    """Sizes of the tower in `tensors`, under this file's names. Raises ValueError for other shapes.
-
-    The decoders stand after the last blocks, one each: as many as the weights have, else (plain CLIP) four.
-    """
-    patches = tensors[PATCHES]
-    if patches.ndim != 5 or patches.shape[2] != 1:
-        raise ValueError(
-            f"clip.{PATCHES} has shape {list(patches.shape)}, not that of a video tower: [width, 3, 1, p, p]"
-        )
-    plain = clip_sizes({**tensors, PATCHES: patches.squeeze(2)})
-    layers = plain.vision_layers
-    start = "visual.transformer.dec."
-    decoders = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
-    decoders = decoders or min(USUAL_DECODERS, layers)
-    if decoders > layers:
-        raise ValueError(f"the video tower has {decoders} temporal decoders for {layers} blocks; at most one each")
-    return VideoClipSizes(**vars(plain), read_after=tuple(range(layers - decoders, layers)))

@@ -1,29 +1,23 @@
 """What every similarity head offers, and the registry of heads by ``--sim_header`` name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.conventions import RIGHT, Conventions
-from modules.encoders.base import Sizes
+from modules.encoders.base import RIGHT, Conventions, Sizes
 from modules.representation import Representation
 from plugins import NoOptions, Registry, at_least, flag
 
-HEADS: Registry[type[Head]] = Registry("sim_header", "similarity head")
+HEADS: Registry[type["Head"]] = Registry("sim_header", "similarity head")
 register = HEADS.register
 # What takes the place of a head's similarity, keeping its temporal part: classes that are made from a head.
-INTERACTIONS: Registry[type[Head]] = Registry("interaction", "interaction")
+INTERACTIONS: Registry[type["Head"]] = Registry("interaction", "interaction")
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """For heads with a transformer."""
-
     cross_num_hidden_layers: int = flag(4, "layers of the head's transformer", must_be=at_least(1), tolerated=True)
 
 
@@ -81,10 +75,11 @@ class Head(nn.Module):
         return 4
 
 
-def first_text_layers(clip: dict[str, Tensor], count: int, prefix: str) -> dict[str, Tensor]:
-    """The first blocks of CLIP's text transformer, renamed from ``transformer.`` to `prefix`."""
+def start_of_text_tower(clip: dict[str, Tensor], count: int, table: str, prefix: str) -> dict[str, Tensor]:
+    """CLIP's text positions as `table`; the first blocks of its text transformer, `prefix` for ``transformer.``."""
     blocks = tuple(f"transformer.resblocks.{layer}." for layer in range(count))
-    return {prefix + k.removeprefix("transformer."): v for k, v in clip.items() if k.startswith(blocks)}
+    start = {prefix + k.removeprefix("transformer."): v for k, v in clip.items() if k.startswith(blocks)}
+    return start | {table: clip["positional_embedding"]}
 
 
 def pool_frames(features: Tensor, mask: Tensor, normalize_frames: bool) -> Tensor:
@@ -94,6 +89,5 @@ def pool_frames(features: Tensor, mask: Tensor, normalize_frames: bool) -> Tenso
     """
     if normalize_frames:
         features = F.normalize(features, dim=-1)
-    keep = mask.unsqueeze(-1)
-    total = torch.where(keep, features, torch.zeros_like(features)).sum(dim=1)
-    return F.normalize(total / keep.sum(dim=1), dim=-1)
+    total = features.masked_fill(~mask[..., None], 0).sum(dim=1)
+    return F.normalize(total / mask.sum(dim=1, keepdim=True), dim=-1)

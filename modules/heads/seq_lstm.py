@@ -1,6 +1,5 @@
 """seqLSTM: a one-layer LSTM over the frames, added to them, then the mean (CLIP4Clip, arXiv 2104.08860)."""
 
-import torch
 from torch import Tensor, nn
 
 from modules.heads.base import Head, register
@@ -24,6 +23,6 @@ class SequentialLSTM(Head):
     def frames(self, features: Tensor, mask: Tensor) -> Tensor:
         # The LSTM reads forwards only and padding comes last, so real frames never see it: no packing is needed, and
         # lengths need not leave the device. Zeros in place of padding keep the padded outputs finite.
-        keep = mask.unsqueeze(-1)
-        hidden, _ = self.lstm_visual(torch.where(keep, features, torch.zeros_like(features)))
-        return features + torch.where(keep, hidden, torch.zeros_like(hidden))
+        padding = ~mask[..., None]
+        hidden, _ = self.lstm_visual(features.masked_fill(padding, 0))
+        return features + hidden.masked_fill(padding, 0)

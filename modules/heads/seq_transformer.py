@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from modules.heads.base import Head, LayerOptions, first_text_layers, register
+from modules.heads.base import Head, LayerOptions, register, start_of_text_tower
 from modules.transformer import Transformer
 
 
@@ -21,8 +21,8 @@ class SequentialTransformer(Head):
 
     def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first layers of the text transformer and its position table."""
-        table = {"frame_position_embeddings.weight": clip["positional_embedding"]}
-        return table | first_text_layers(clip, self.options.cross_num_hidden_layers, "transformerClip.")
+        layers = self.options.cross_num_hidden_layers
+        return start_of_text_tower(clip, layers, "frame_position_embeddings.weight", "transformerClip.")
 
     def frames(self, features: Tensor, mask: Tensor) -> Tensor:
         frames = features.shape[1]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.heads.base import Head, LayerOptions, first_text_layers, register
-from modules.transformer import Transformer, quick_gelu
+from modules.heads.base import Head, LayerOptions, register, start_of_text_tower
+from modules.transformer import QuickGELU, Transformer
 
 HEAD_WIDTH = 64  # of an attention head
 EPS = 1e-12  # of all LayerNorms of CLIP4Clip's heads
@@ -34,13 +34,8 @@ class TightTransformer(Head):
         positions = nn.Embedding(self.sizes.context_length, width)
         transformer = Transformer(width, layers, self.heads, activation="quick_gelu", eps=EPS)
         pooler = {"ln_pool": nn.LayerNorm(width, eps=EPS), "dense": nn.Linear(width, width)}
-        self.cross = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict({"position_embeddings": positions}),
-                "transformer": transformer,
-                "pooler": nn.ModuleDict(pooler),
-            }
-        )
+        parts = {"embeddings": nn.ModuleDict({"position_embeddings": positions}), "transformer": transformer}
+        self.cross = nn.ModuleDict(parts | {"pooler": nn.ModuleDict(pooler)})
         self.similarity_dense = nn.Linear(width, 1)
         for layer in (pooler["dense"], self.similarity_dense):
             nn.init.normal_(layer.weight, std=INIT_STD)
@@ -48,8 +43,8 @@ class TightTransformer(Head):
 
     def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first layers of the text transformer and its position table; pooler and score start at random."""
-        table = {"cross.embeddings.position_embeddings.weight": clip["positional_embedding"]}
-        return table | first_text_layers(clip, self.options.cross_num_hidden_layers, "cross.transformer.")
+        table, layers = "cross.embeddings.position_embeddings.weight", self.options.cross_num_hidden_layers
+        return start_of_text_tower(clip, layers, table, "cross.transformer.")
 
     def text(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N, D] -> [N, D], as it is."""
@@ -57,12 +52,10 @@ class TightTransformer(Head):
 
     def video(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """-> frames [V, T, D] with zeros at padding, bool mask [V, T]."""
-        if features.shape[1] >= self.sizes.context_length:
-            raise ValueError(
-                f"--sim_header tightTransf takes at most {self.sizes.context_length - 1} frames, "
-                f"got {features.shape[1]}"
-            )
-        return torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features)), mask
+        frames, most = features.shape[1], self.sizes.context_length - 1
+        if frames > most:
+            raise ValueError(f"--sim_header tightTransf takes at most {most} frames, got {frames}")
+        return features.masked_fill(~mask[..., None], 0), mask
 
     def similarity(self, text: Tensor, video: tuple[Tensor, Tensor]) -> Tensor:
         """[N, D] and ([V, T, D], [V, T]) -> logits [N, V], without logit scale.
@@ -85,7 +78,7 @@ class TightTransformer(Head):
         positions = self.cross["embeddings"]["position_embeddings"].weight[: t + 1]
         tokens = F.dropout(tokens.flatten(0, 1) + positions, DROPOUT, self.training)
         first, pooler = self.cross["transformer"](tokens, mask=mask[:, None, None])[:, 0], self.cross["pooler"]
-        return self.similarity_dense(quick_gelu(pooler["dense"](pooler["ln_pool"](first)))).view(n, v)
+        return self.similarity_dense(QuickGELU()(pooler["dense"](pooler["ln_pool"](first)))).view(n, v)
 
     def pair_bytes(self, text: Tensor, video: tuple[Tensor, Tensor]) -> int:
         length = video[0].shape[1] + 1

@@ -39,12 +39,9 @@ class TokenInteraction(Head):
         self.checkpoint_prefixes = temporal.checkpoint_prefixes + type(self).checkpoint_prefixes
 
     def build(self) -> None:
-        sizes = self.sizes
-        if sizes.token_width != sizes.embed_dim:
-            raise ValueError(
-                f"--interaction {self.name} compares text tokens {sizes.token_width} wide with frames "
-                f"{sizes.embed_dim} wide: this model's widths differ"
-            )
+        text, frames = self.sizes.token_width, self.sizes.embed_dim
+        if text != frames:
+            raise ValueError(f"--interaction {self.name} takes frames as wide as text tokens, got {frames} and {text}")
 
     def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.temporal.init_from_clip(clip)  # the token weights start at random
@@ -63,7 +60,7 @@ class TokenInteraction(Head):
 
     def _tokens(self, features: Tensor, mask: Tensor, side: str, source_length: int) -> Tokens:
         if self.conventions.mask_padding:  # else padding may win a maximum, and CDCR then reads what it holds
-            features = torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features))
+            features = features.masked_fill(~mask[..., None], 0)
         elif mask.shape[1] < source_length:
             # The sources fill to this length: one slot of padding, scoring 0, does what many would.
             features, mask = F.pad(features, (0, 0, 0, 1)), F.pad(mask, (0, 1))
@@ -101,16 +98,14 @@ class TokenInteraction(Head):
         return over_frames.argmax(dim=2), over_tokens.argmax(dim=1)
 
 
-@dataclass(frozen=True)
-class WeightOptions:
-    wti_arch: int = flag(2, "layers of the networks that weigh words and frames", choices=(1, 2, 3))
-
-
 @INTERACTIONS.register("wti")
 class WeightedTokenInteraction(TokenInteraction):
     """The same with learned weights of words and frames."""
 
-    Options = WeightOptions
+    @dataclass(frozen=True)
+    class Options:
+        wti_arch: int = flag(2, "layers of the networks that weigh words and frames", choices=(1, 2, 3))
+
     takes_whole_video = False
     checkpoint_prefixes = WEIGHTS
     ignored_prefixes = ()

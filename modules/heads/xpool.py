@@ -60,8 +60,7 @@ class XPool(Head):
     def video(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> keys [V, T, H, D / H], projected values [V, T, H, D], bool mask [V, T]."""
         attention = self.pool_frames["cross_attn"]
-        real = torch.where(mask.unsqueeze(-1), features, torch.zeros_like(features))
-        normed = self.pool_frames["layer_norm1"](real)
+        normed = self.pool_frames["layer_norm1"](features.masked_fill(~mask[..., None], 0))
         values, project = self.per_head(attention["v_proj"](normed)), attention["out_proj"]
         # Each head's share of the output; the weights of a head sum to 1, so it may carry its share of the bias.
         shares = torch.einsum("vthc,dhc->vthd", values, self.per_head(project.weight)) + project.bias / values.shape[2]

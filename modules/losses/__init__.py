@@ -1,7 +1,5 @@
 """Losses of a batch of pairs. One file each, found by its presence in this folder."""
 
-from __future__ import annotations
-
 from modules.losses.base import LOSSES, Loss, Pairs, register
 
 LOSSES.load(__name__, __path__)

@@ -1,7 +1,5 @@
 """What every loss offers, and the registry of losses by ``--loss`` name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ from modules.heads.base import Head
 from modules.representation import Representation
 from plugins import NoOptions, Registry
 
-LOSSES: Registry[type[Loss]] = Registry("loss", "loss")
+LOSSES: Registry[type["Loss"]] = Registry("loss", "loss")
 register = LOSSES.register
 
 

@@ -4,8 +4,6 @@ Matching texts and videos should agree channel by channel: their cross-correlati
 pulled towards 1 on the diagonal and 0 elsewhere, ``alpha1 * sum_i (C_ii - 1)^2 + alpha2 * sum_{i != j} C_ij^2``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +18,24 @@ from plugins import at_least, flag
 SMALLEST_STD = 1e-12  # a channel that is constant over the batch has no correlation; this keeps it from being NaN
 
 
-@dataclass(frozen=True)
-class CdcrOptions:
-    cdcr: int = flag(
-        0,
-        "channel decorrelation beside the contrastive loss: 0 none; with --interaction: 1 one random word and frame of "
-        "each pair, 2 all with their best matches, 3 the same, weighted; without, 1 to 3 are alike",
-        choices=(0, 1, 2, 3),
-        chooses=True,
-    )
-    cdcr_alpha1: float = flag(
-        0.16, "pull of the diagonal of the correlation matrix towards 1", must_be=at_least(0), tolerated=True
-    )
-    cdcr_alpha2: float = flag(
-        0.0, "pull of the rest of the matrix towards 0; 0.06 in the DRL paper", must_be=at_least(0), tolerated=True
-    )
-    cdcr_lambda: float = flag(0.001, "weight of the decorrelation in the loss", must_be=at_least(0), tolerated=True)
-
-
 @register("cdcr")
 class CDCR(Loss):
-    Options = CdcrOptions
+    @dataclass(frozen=True)
+    class Options:
+        cdcr: int = flag(
+            0,
+            "channel decorrelation beside the contrastive loss: 0 none; with --interaction: 1 one random word and "
+            "frame of each pair, 2 all with their best matches, 3 the same, weighted; without, 1 to 3 are alike",
+            choices=(0, 1, 2, 3),
+            chooses=True,
+        )
+        cdcr_alpha1: float = flag(
+            0.16, "pull of the diagonal of the correlation matrix towards 1", must_be=at_least(0), tolerated=True
+        )
+        cdcr_alpha2: float = flag(
+            0.0, "pull of the rest of the matrix towards 0; 0.06 in the DRL paper", must_be=at_least(0), tolerated=True
+        )
+        cdcr_lambda: float = flag(0.001, "weight of the decorrelation in the loss", must_be=at_least(0), tolerated=True)
 
     @classmethod
     def refuses(cls, options: Any, head: type[Head], interaction: str) -> str | None:
@@ -88,15 +83,14 @@ def chosen_token(side: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> Tensor
     return tokens[torch.arange(len(tokens), device=tokens.device), index]
 
 
-def standardize(x: Tensor) -> Tensor:
-    """[M, D] -> zero mean and unit (unbiased) deviation over the M rows, channel by channel."""
-    return (x - x.mean(dim=0)) / x.std(dim=0).clamp_min(SMALLEST_STD)
-
-
 def cross_correlation(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Rows [M, D] of both sides and their weights [M], by default 1 / M -> C [D, D]."""
+    """Rows [M, D] of both sides and their weights [M], by default 1 / M -> C [D, D].
+
+    Channel by channel, rows are brought to zero mean and unit (unbiased) deviation.
+    """
+    x, y = ((rows - rows.mean(dim=0)) / rows.std(dim=0).clamp_min(SMALLEST_STD) for rows in (x, y))
     weights = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
-    return (standardize(x) * weights[:, None]).t() @ standardize(y)
+    return (x * weights[:, None]).t() @ y
 
 
 def decorrelation(c: Tensor, alpha1: float, alpha2: float) -> Tensor:
