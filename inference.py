@@ -1,7 +1,5 @@
 """The name under which older commands evaluate: ``main_task_retrieval.py --do_eval``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

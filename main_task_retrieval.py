@@ -1,7 +1,5 @@
 """Video-text retrieval with CLIP: zero-shot evaluation, fine-tuning, evaluation of fine-tuned checkpoints."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys

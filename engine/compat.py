@@ -4,8 +4,6 @@ Published numbers depend on these differences, so that a run that is to repeat t
 code looks at the name of a project. Where something is missing here, the project is right.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

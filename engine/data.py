@@ -1,7 +1,5 @@
 """The data of a run: its splits, checked, and the loaders over them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

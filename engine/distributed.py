@@ -6,8 +6,6 @@ A rank that fails leaves with its traceback. Ending the others is the launcher's
 ``srun --kill-on-bad-exit=1``); where there is none, they fail at their next collective, at the latest by its time-out.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

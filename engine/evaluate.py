@@ -1,7 +1,5 @@
 """Evaluation: each video and each caption encoded once, then one similarity matrix and the metrics."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A field of a frozen dataclass is a flag of the same name and carries the range o
 checks every value and every combination before anything is loaded; functions elsewhere take the group they need.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The files a run leaves, each written whole or not at all, and all that it takes to repeat the run."""
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, with checkpoints between, an evaluation after each."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ Its flags are the fields of a frozen dataclass ``Options``, declared with :func:
 the project, so every part of it may be built on it.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib
