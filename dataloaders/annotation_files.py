@@ -8,11 +8,12 @@ import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dataloaders.split import AnnotationError, first_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def read_csv(path: Path, required: Sequence[str]) -> pd.DataFrame:
 
     Raises AnnotationError for a missing column, a row of another length, broken quoting, or no row.
     """
+    import pandas as pd  # takes a second, which most commands and datasets need not wait for
+
     text = read_text(path)
     stream = io.StringIO(text)
     # Room for all cells of the longest row, which may go over several lines where line ends are quoted.

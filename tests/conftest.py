@@ -111,3 +111,12 @@ def sample_all(tmp_path_factory) -> Path:
         ]
     )
     return folder
+
+
+# The slowest first: files run side by side, and one that starts last would keep one core waiting for the other.
+SLOW = "test_scripts test_readme test_launch test_main_heads test_resume test_readme_plugins test_main".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
