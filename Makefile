@@ -10,9 +10,10 @@ UV := $(shell command -v uv 2>/dev/null)
 demo: $(VENV)/.run
 	$(BIN)/python -m tools.demo
 
-# Test files run side by side, one thread each: most of their time is spent starting processes and decoding.
+# Test files run side by side, one thread each, in the order of tests/conftest.py: most of their time is spent starting
+# processes and decoding.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from checkpoints.download import OPENAI_CLIP, fetch_clip
 from checkpoints.names import CLIP_PREFIX, PLAIN_CLIP, merge, parameter_name, split_towers
-from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_checkpoint, read_sidecar
+from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_checkpoint, read_sidecar, weight_file
 from engine.compat import COMPAT
 from engine.options import Options
 from engine.progress import log
@@ -76,10 +77,11 @@ def find_clip(options: Options, download: bool) -> Weights:
 
 
 def existing(flag: str, path: Path, hint: str = "") -> Path:
+    """The file itself: of a folder, the weights under their usual name."""
     path = path.expanduser()
     if not path.exists():
         raise CheckpointError(f"--{flag} {path}: no such file{hint}")
-    return path
+    return weight_file(path)
 
 
 def check_max_words(options: Options, most: int) -> None:
@@ -110,13 +112,26 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
         encoder.to_half()
     built.new_parts = frozenset(CLIP_PREFIX + name for name in new)
     rest = tensors_of_head(options, built, towers, rest, weights.path)
-    load_weights(built, {CLIP_PREFIX + k: v for k, v in towers.items()} | rest, str(weights.path))
+    tensors = {CLIP_PREFIX + k: v for k, v in towers.items()} | rest
+    load_weights(built, tensors, str(weights.path))
+    check_numbers(built, tensors, options, weights.path)
     reason, size = checkpoint.activation_reason, sum(p.numel() for p in built.parameters()) / 1e6
     log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items())
     parts = f"head {model.sim_header}, interaction {model.interaction}, loss {model.loss}"
     log.info("model: %s, %s; %s; %.1f M parameters", encoder.title, sizes, parts, size)
     return built
+
+
+def check_numbers(model: VideoTextModel, tensors: Mapping[str, Tensor], options: Options, path: Path) -> None:
+    """Raises CheckpointError for weights that are no numbers, ValueError for longer clips than the head can take."""
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinity, such as {min(broken)}; give others")
+    clip = torch.zeros(1, options.data.max_frames, model.clip.head_sizes.embed_dim)
+    with torch.no_grad():
+        model.head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
+    model.head.train()
 
 
 def build_encoder(

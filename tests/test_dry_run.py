@@ -1,7 +1,11 @@
 """--dry_run: the run itself up to its first step: the plan in figures, and every error that comes before."""
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from checkpoints.read import read_checkpoint
 from main_task_retrieval import main
 
 TRAIN = ["--do_train", "--epochs", "3", "--batch_size", "20", "--dry_run"]
@@ -43,11 +47,32 @@ def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys):
         ),
         (["--do_eval", "--dry_run", "--max_words", "78"], "--max_words must be at most 77 for this CLIP, got 78"),
         ([*TRAIN, "--freeze_layer_num", "3"], "--freeze_layer_num must be in -1..2 for this CLIP, got 3"),
+        (
+            [*TRAIN, "--sim_header", "seqTransf", "--max_frames", "80"],
+            "--sim_header seqTransf takes at most 77 frames, got 80; lower --max_frames",
+        ),
     ],
 )
 def test_what_would_fail_later_fails_now(flags, message, msrvtt_flags, capsys):
     assert main([*msrvtt_flags, *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers(sample, msrvtt_flags, tmp_path, capsys):
+    tensors = read_checkpoint(sample / "clip" / "tiny_clip.pt").tensors
+    tensors["clip.visual.proj"][0, 0] = torch.nan
+    torch.save(tensors, tmp_path / "nan.bin")
+    assert main([*msrvtt_flags, *TRAIN, "--pretrained_clip_name", str(tmp_path / "nan.bin")]) == 1
+    assert "nan.bin: 1 tensors hold NaN or infinity, such as clip.visual.proj" in capsys.readouterr().err
+
+
+def test_a_folder_of_weights(sample, msrvtt_flags, tmp_path):
+    """Of a whole run: the file in it is read, hashed and named."""
+    (tmp_path / "weights").mkdir()
+    torch.save(read_checkpoint(sample / "clip" / "tiny_clip.pt").tensors, tmp_path / "weights" / "pytorch_model.bin")
+    assert main([*msrvtt_flags, "--do_eval", "--pretrained_clip_name", str(tmp_path / "weights")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["weights"] == str(tmp_path / "weights" / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"PK\x03\x04 cut off"])

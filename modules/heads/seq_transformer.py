@@ -25,8 +25,8 @@ class SequentialTransformer(Head):
         return start_of_text_tower(clip, layers, "frame_position_embeddings.weight", "transformerClip.")
 
     def frames(self, features: Tensor, mask: Tensor) -> Tensor:
-        frames = features.shape[1]
-        if frames > self.sizes.context_length:
-            raise ValueError(f"--sim_header seqTransf takes at most {self.sizes.context_length} frames, got {frames}")
+        frames, most = features.shape[1], self.sizes.context_length
+        if frames > most:
+            raise ValueError(f"--sim_header seqTransf takes at most {most} frames, got {frames}; lower --max_frames")
         positioned = features + self.frame_position_embeddings.weight[:frames]
         return features + self.transformerClip(positioned, mask=mask[:, None, None])

@@ -54,7 +54,7 @@ class TightTransformer(Head):
         """-> frames [V, T, D] with zeros at padding, bool mask [V, T]."""
         frames, most = features.shape[1], self.sizes.context_length - 1
         if frames > most:
-            raise ValueError(f"--sim_header tightTransf takes at most {most} frames, got {frames}")
+            raise ValueError(f"--sim_header tightTransf takes at most {most} frames, got {frames}; lower --max_frames")
         return features.masked_fill(~mask[..., None], 0), mask
 
     def similarity(self, text: Tensor, video: tuple[Tensor, Tensor]) -> Tensor:
