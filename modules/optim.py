@@ -1,5 +1,6 @@
 """Parameter groups, freezing, BertAdam and its learning-rate schedule."""
 
+import inspect
 import math
 from collections.abc import Collection, Iterable
 from itertools import product
@@ -98,6 +99,12 @@ class BertAdam(torch.optim.Optimizer):
         torch._foreach_sub_(params, update)
         for p in params:
             self.state[p]["step"] += 1
+
+
+# Less the guard against torch.compile, which nobody puts on an optimiser: its first call imports all of torch._dynamo,
+# and that takes longer than importing torch.
+for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    setattr(BertAdam, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
 
 
 def _scale(tensors: list[Tensor], factor: float) -> None:
