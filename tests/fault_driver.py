@@ -14,6 +14,7 @@ The imports are paid once: every process is a fork of this one, which computes n
 JSON list of [exit status, optimiser steps in checkpoint_last.pt].
 """
 
+import errno
 import io
 import json
 import os
@@ -85,8 +86,9 @@ def full_disk(filler: str | None):
                 try:
                     while rest.write(bytes(1 << 16)):
                         pass
-                except OSError:  # no space left: what this is for
-                    pass
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:  # no space left is what this is for
+                        raise
         torch.save(content, file)
 
     return act
