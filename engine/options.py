@@ -115,8 +115,8 @@ class TrainOptions:
     resume_model: Path | None = flag(None, "checkpoint_last.pt to go on; auto: that of --output_dir, if any", type=Path)
     select_on: str = flag(
         "auto",
-        "the epoch with the best text-to-video R@1 on this split is kept; last: the last epoch; auto: val where the "
-        "dataset has one, else test",
+        "the epoch with the best text-to-video R@1 on this split is kept; last: the last epoch; auto: test with "
+        "--compat of a source project, else val where the dataset has one, else test",
         choices=("auto", "val", "test", "last"),
     )
     keep_epochs: bool = flag(False, "also keep the weights of every epoch, as pytorch_model.bin.0, .1 and so on")
@@ -159,7 +159,8 @@ ALL = [*GROUPS.values(), *(plugin.Options for registry in REGISTRIES for plugin 
 class Options:
     """All flags. `own`: registry's flag -> the own options of the plug-in that it chose.
 
-    `values`: flag -> value, of plug-ins that were not chosen as well. `without_effect`: on flags given that do nothing.
+    `values`: flag -> value, of plug-ins that were not chosen as well. `given`: the flags given with a value, which auto
+    is not. `without_effect`: on flags given that do nothing.
     """
 
     data: DataOptions
@@ -264,7 +265,7 @@ def resolve(given: Mapping[str, Any]) -> Options:
     chosen = {r.flag: r.get(values[r.flag]) for r in REGISTRIES}  # None for --interaction no
     own = {name: from_flags(plugin.Options if plugin else NoOptions, values) for name, plugin in chosen.items()}
     groups = {name: from_flags(group, values) for name, group in GROUPS.items()}
-    options = Options(**groups, own=own, values=values, given=frozenset(given), without_effect=tuple(without_effect))
+    options = Options(**groups, own=own, values=values, given=frozenset(named), without_effect=tuple(without_effect))
     check_model(options)
     check_run(options)
     return options

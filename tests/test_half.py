@@ -207,6 +207,8 @@ def test_the_project_of_compat_brings_its_defaults():
     assert "--max_frames 12 (100 there)" in old.unlike_source
     assert not [line for line in old.unlike_source if "max_words" in line or "slice" in line]
     assert resolve(FLAGS).unlike_source == []
+    chosen = resolve(FLAGS | {"compat": "clip4clip", "datatype": "didemo", "select_on": "auto"})
+    assert (chosen.train.select_on, "--select_on test" in chosen.of_source) == ("test", True)
 
 
 def test_every_epoch_is_kept_and_the_last_scored_once(msrvtt_flags, tmp_path):
