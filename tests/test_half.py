@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,28 +12,17 @@ from golden_model import build, video_inputs
 from golden_vectors import fixtures, load
 from test_golden_model import inputs, is_half, weights
 from test_main import TRAIN, replaced
-from tiny_models import make_model
+from tiny_models import SIZES, make_model
 
 from engine.compat import COMPAT
 from engine.distributed import World
 from engine.options import resolve
 from engine.step import Trainer, build_optimizer
 from main_task_retrieval import main
-from modules.encoders.clip import CLIP, ClipSizes
+from modules.encoders.clip import CLIP
+from modules.optim import BertAdam
 
-SIZES = ClipSizes(
-    embed_dim=64,
-    image_resolution=16,
-    vision_layers=2,
-    vision_width=64,
-    patch_size=8,
-    context_length=8,
-    vocab_size=50,
-    text_width=64,
-    text_heads=1,
-    text_layers=2,
-    vision_heads=1,
-)
+SHORT = replace(SIZES, context_length=8, vocab_size=50)
 FLAGS = {
     "do_train": True,
     "output_dir": "out",
@@ -118,7 +108,7 @@ def bert_adam(w, moments, step, total, lr):
 def test_steps_are_those_of_a_plain_loop():
     """Each step from the state that the last one left: rounding the other way once would grow over twenty steps."""
     torch.manual_seed(0)
-    clip = CLIP(SIZES, "quick_gelu")
+    clip = CLIP(SHORT, "quick_gelu")
     clip.to_half()
     model = make_model(clip, "meanP")
     options = resolve(FLAGS | {"lr": 1e-4, "coef_lr": 1e-2, "compat": "clip4clip"}).train
@@ -143,6 +133,28 @@ def test_steps_are_those_of_a_plain_loop():
             assert apart <= 0.1 * moved, (step, name)
     lost = torch.cat([(v == 0).flatten() for name, (_, v) in moments.items() if is_half(f"clip.{name}", HALVES)])
     assert lost.float().mean() > 0.5  # v underflows, which is what makes the steps large
+
+
+def test_bert_adam_in_float16_to_the_bit():
+    """The same gradients: weights and both moments are those of the loop, also where v has underflowed."""
+    draws = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(40, 30, generator=draws).mul(0.1).half() for name in ("weight", "bias")}
+    ours, theirs = ({name: p.clone().requires_grad_() for name, p in start.items()} for _ in range(2))
+    settings = {"warmup": 0.1, "t_total": STEPS, "betas": (0.9, 0.98)}
+    groups = [{"params": [p], "weight_decay": 0.2 * (name != "bias")} for name, p in ours.items()]
+    optimizer, moments = BertAdam(groups, lr=1e-6, **settings), {}
+    for step in range(STEPS):
+        for name, p in ours.items():
+            gradient = torch.randn(p.shape, generator=draws).mul(10.0 ** (-step % 6 - 1)).half()
+            p.grad, theirs[name].grad = gradient, gradient.clone()
+        optimizer.step()
+        bert_adam(theirs, moments, step, STEPS, 1e-6)
+        for name, p in ours.items():
+            state = optimizer.state[p]
+            assert torch.equal(p, theirs[name]), (step, name)
+            assert torch.equal(state["next_m"], moments[name][0])
+            assert torch.equal(state["next_v"], moments[name][1])
+    assert all(not torch.equal(p, start[name]) for name, p in ours.items())
 
 
 def some_batch(step):
