@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -132,7 +132,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     if world.is_main:
         read = [*weights.files(), source.path]
         found = results(evaluation, options, model.clip, world, read, source.sidecar)
-        found["overlap_with_training"] = data.overlap.as_dict() if data.overlap else None
+        found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
         found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
         write_results(found, evaluation, options)
         command = [sys.executable, "-m", "tools.published", str(folder.resolve())]

@@ -3,18 +3,9 @@
 There is no val split: the field tests on val_1 (4,917 videos).
 """
 
-from __future__ import annotations
-
 import math
 
-from dataloaders.annotation_files import (
-    AnnotationFiles,
-    field,
-    join_sentences,
-    read_json,
-    require_annotated,
-    string_list,
-)
+from dataloaders.annotation_files import AnnotationFiles, field, paragraph, read_json, require_annotated, string_list
 from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
@@ -59,5 +50,5 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
             if type(seconds) not in (int, float) or not 0 < seconds < math.inf:  # not isinstance: true would pass as 1
                 raise AnnotationError(f"{captions_path}: {where}.duration: must be seconds > 0, is {seconds!r:.80}")
             clip = VideoClip(video_id, start=0.0, end=float(math.ceil(seconds)))
-        clips[clip] = [join_sentences(captions_path, f"{where}.sentences", sentences)]
+        clips[clip] = [paragraph(captions_path, f"{where}.sentences", sentences)]
     return build_split("activity", split, clips, EXPECTED[split])

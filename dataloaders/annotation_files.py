@@ -1,19 +1,14 @@
 """Read annotation files of any kind so that whatever is wrong with one is reported with its name and place."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataloaders.split import AnnotationError, first_ids
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,12 @@ class AnnotationFiles:
             raise AnnotationError(f"{path} does not exist; put {name} into --data_path {folder}")
         return path
 
+    def id_list(self, name: str) -> tuple[Path, list[str]]:
+        """The path of a list in the folder, and its ids, one a line in their order; raises as `unique_ids`."""
+        path = self.in_folder(name)
+        lines = enumerate(read_text(path).split("\n"), start=1)
+        return path, unique_ids(path, ((f"line {number}", line.strip()) for number, line in lines if line.strip()))
+
 
 def read_bytes(path: Path) -> bytes:
     try:
@@ -62,8 +63,8 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_csv(path: Path, required: Sequence[str]) -> pd.DataFrame:
-    """The rows of a comma-separated file with a header: text cells, indexed by the line on which each row ends.
+def read_csv(path: Path, required: Sequence[str]) -> Any:
+    """The rows of a comma-separated file with a header: a DataFrame of text, by the line on which each row ends.
 
     Raises AnnotationError for a missing column, a row of another length, broken quoting, or no row.
     """
@@ -140,18 +141,12 @@ def string_list(path: Path, where: str, values: list[Any]) -> list[str]:
     return values
 
 
-def join_sentences(path: Path, where: str, sentences: Sequence[str]) -> str:
-    """A paragraph: the sentences in order, one space between; blank ones add nothing. AnnotationError for no text."""
-    paragraph = " ".join(text for text in (sentence.strip() for sentence in sentences) if text)
-    if not paragraph:
+def paragraph(path: Path, where: str, sentences: Sequence[str]) -> str:
+    """The sentences in order, one space between; blank ones add nothing. AnnotationError where none has text."""
+    text = " ".join(sentence.strip() for sentence in sentences if sentence.strip())
+    if not text:
         raise AnnotationError(f"{path}: {where}: no text in any of {len(sentences)} sentences")
-    return paragraph
-
-
-def read_id_list(path: Path) -> list[str]:
-    """One id a line, blank lines ignored, order kept; raises AnnotationError as `unique_ids`."""
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return unique_ids(path, ((f"line {number}", line.strip()) for number, line in lines if line.strip()))
+    return text
 
 
 def unique_ids(path: Path, placed: Iterable[tuple[str, str]]) -> list[str]:
@@ -168,10 +163,9 @@ def unique_ids(path: Path, placed: Iterable[tuple[str, str]]) -> list[str]:
     return list(first)
 
 
-def require_annotated(ids: Iterable[str], annotated: Iterable[str], list_path: Path, captions_path: Path) -> None:
+def require_annotated(ids: Iterable[str], annotated: Container[str], list_path: Path, captions_path: Path) -> None:
     """Raise AnnotationError when a listed id has no caption, naming the count and the first ids."""
-    known = set(annotated)
-    if absent := [video_id for video_id in ids if video_id not in known]:
+    if absent := [video_id for video_id in ids if video_id not in annotated]:
         what = f"{len(absent)} ids have no caption in {captions_path}: {first_ids(absent)}"
         raise AnnotationError(f"{list_path}: {what}; the two files must belong to the same release")
 

@@ -1,13 +1,10 @@
 """What a dataset is. Each is one file of this folder that calls :func:`register`; nothing else names it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.index import own_name
 from dataloaders.split import AnnotationError, RetrievalSplit
 from plugins import NoOptions, Registry
 
@@ -32,7 +29,7 @@ class Dataset:
     extensions: tuple[str, ...]
     frame_rule: str = "stride"
     recursive: bool = True
-    candidates: Callable[[str], list[str]] = own_name
+    candidates: Callable[[str], list[str]] = lambda video_id: [video_id]
     Options: type = NoOptions
     split_flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     draws_captions: Callable[[Any], bool] = lambda options: False

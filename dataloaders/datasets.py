@@ -4,8 +4,6 @@ A video that cannot be read travels as a :class:`Failure` to whoever consumes th
 and drop it, and evaluation can name all of them; no frame ever stands in for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +19,24 @@ from dataloaders.video.packets import VideoReadError
 from dataloaders.video.transforms import FrameTransform
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video that could not be read."""
+
+    video_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip of a split, read or failed; `caption` only for training pairs."""
+
+    index: int  # of the video within the split
+    video_id: str
+    frames: Tensor | Failure  # uint8 [T, 3, S, S], T at most max_frames
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,24 +57,6 @@ class VideoSource:
         if self.frame_order:
             frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
         return Item(index, clip.video_id, FrameTransform(self.image_size)(frames), caption)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A video that could not be read."""
-
-    video_id: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Item:
-    """A clip of a split, read or failed; `caption` only for training pairs."""
-
-    index: int  # of the video within the split
-    video_id: str
-    frames: Tensor | Failure  # uint8 [T, 3, S, S], T at most max_frames
-    caption: str = ""
 
 
 class VideoDataset(Dataset):
@@ -108,7 +106,7 @@ class Batch:
     token_ids: Tensor | None = None  # int64 [B, L], L the longest caption of the batch
     token_mask: Tensor | None = None  # bool [B, L]
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """For the DataLoader: page-locked copies."""
         pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **pinned})

@@ -5,21 +5,11 @@ now and then name the same video with another extension. People keep the origina
 `<stem>.mp4`, or copies whose ".mp4" follows the old name.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass
 
-from dataloaders.annotation_files import (
-    AnnotationFiles,
-    field,
-    join_sentences,
-    read_id_list,
-    read_json,
-    require_annotated,
-    unique_ids,
-)
+from dataloaders.annotation_files import AnnotationFiles, field, paragraph, read_json, require_annotated, unique_ids
 from dataloaders.dataset import register
 from dataloaders.split import Expected, RetrievalSplit, VideoClip, build_split
 from plugins import above, flag
@@ -59,9 +49,8 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     Descriptions belong to a listed id by their exact name, as in CLIP4Clip, so that the captions are the published
     ones; an id whose exact name has none takes those of its stem.
     """
-    list_path = files.in_folder(f"{split}_list.txt")
+    list_path, ids = files.id_list(f"{split}_list.txt")
     captions_path = files.in_folder(f"{split}_data.json")
-    ids = read_id_list(list_path)
     unique_ids(list_path, ((f"id {video_id!r}", stem_of(video_id)) for video_id in ids))
     by_name: dict[str, list[str]] = {}
     for n, record in enumerate(read_json(captions_path, list)):
@@ -77,7 +66,7 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
         texts = by_name.get(video_id, same_stem)
         unused += len(same_stem) - len(texts)
         clip = VideoClip(video_id, start=0.0, end=float(files.options.didemo_clip_seconds))
-        clips[clip] = [join_sentences(captions_path, f"video {video_id!r}", texts)]
+        clips[clip] = [paragraph(captions_path, f"video {video_id!r}", texts)]
     if unused:
         found = f"{unused} descriptions name a listed video with another extension"
         logger.info("%s: %s; left out, as CLIP4Clip does", captions_path, found)

@@ -1,19 +1,13 @@
 """Find the files of a split's videos: one walk over the folder, then look-ups by name."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dataloaders.dataset import Dataset
 from dataloaders.split import RetrievalSplit, VideoFolderError, first_ids
-
-
-def own_name(video_id: str) -> list[str]:
-    """The default for `candidates`: the file is named like the video."""
-    return [video_id]
 
 
 def index_videos(root: str | Path, extensions: Sequence[str], recursive: bool = False) -> dict[str, Path]:
@@ -49,8 +43,7 @@ def _walk(root: Path, recursive: bool) -> Iterator[tuple[str, str]]:
     """Yield (file name, path) in a fixed order, whatever order the file system has."""
 
     def fail(error: OSError) -> None:
-        message = f"--features_path {root}: cannot list {error.filename}: {error.strerror}"
-        raise VideoFolderError(message) from error
+        raise VideoFolderError(f"--features_path {root}: cannot list {error.filename}: {error.strerror}") from error
 
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
@@ -62,21 +55,15 @@ def _walk(root: Path, recursive: bool) -> Iterator[tuple[str, str]]:
         visited.add(real)
 
 
-def locate_videos(
-    split: RetrievalSplit,
-    root: str | Path,
-    extensions: Sequence[str],
-    candidates: Callable[[str], list[str]] = own_name,
-    recursive: bool = False,
-) -> RetrievalSplit:
+def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> RetrievalSplit:
     """The split with every `path` filled in; videos not found are dropped and listed in `missing_videos`.
 
-    `candidates(video_id)` gives the file stems to look for, best first. A clip whose annotation already names its
-    file (VATEX) is looked for there, relative to `root`. Raises VideoFolderError when root is absent, no folder,
-    ambiguous, or holds no video, or none of this split's.
+    Files are found by the dataset's own naming, but where the annotation of a clip names its file, relative to `root`
+    (VATEX). Raises VideoFolderError when root is absent, no folder, ambiguous, or holds no video, or none of this
+    split's.
     """
-    root = Path(root)
-    index = index_videos(root, extensions, recursive)
+    root, candidates = Path(root), dataset.candidates
+    index = index_videos(root, dataset.extensions, dataset.recursive)
     paths: dict[str, Path] = {}
     for clip in split.videos:
         stem = next((stem for stem in candidates(clip.video_id) if stem in index), None)
@@ -86,11 +73,11 @@ def locate_videos(
             paths[clip.video_id] = root / clip.path
     if not paths:
         first = split.videos[0]
-        wanted = first.path or f"{candidates(first.video_id)[0]}{extensions[0]}"
+        wanted = first.path or f"{candidates(first.video_id)[0]}{dataset.extensions[0]}"
         raise VideoFolderError(
             f"--features_path {root}: none of the {len(split.videos)} videos of {split.dataset} {split.name} found; "
-            f"looked for names such as '{wanted}' ({', '.join(extensions)}) "
-            f"{'at any depth' if recursive else 'directly in it'}; {_contents(root, index, recursive)}"
+            f"looked for names such as '{wanted}' ({', '.join(dataset.extensions)}) "
+            f"{'at any depth' if dataset.recursive else 'directly in it'}; {_contents(root, index, dataset.recursive)}"
         )
     found = split.drop(clip.video_id for clip in split.videos if clip.video_id not in paths)
     return replace(found, videos=tuple(replace(clip, path=paths[clip.video_id]) for clip in found.videos))

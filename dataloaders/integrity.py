@@ -1,7 +1,5 @@
 """Checks of a split before anything is measured on it: counts, missing videos, videos shared with training."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -62,11 +60,9 @@ def count_problems(split: RetrievalSplit) -> list[str]:
 
 def missing_problems(split: RetrievalSplit) -> list[str]:
     """How many videos are missing on disk, and which, as a sentence if there are any."""
-    if not split.missing_videos:
-        return []
     gone, listed = len(split.missing_videos), len(split.videos) + len(split.missing_videos)
     some = f"{gone:,} of {listed:,} videos of {split.dataset} {split.name}"
-    return [f"{some} are missing on disk: {first_ids(split.missing_videos)}"]
+    return [f"{some} are missing on disk: {first_ids(split.missing_videos)}"] if gone else []
 
 
 def check_complete(split: RetrievalSplit, allow_missing: bool, training: bool = False) -> None:
@@ -96,23 +92,14 @@ class Overlap:
     videos: tuple[str, ...]
     captions: int | None
 
-    def as_dict(self) -> dict[str, object]:
-        return {"videos": list(self.videos), "captions": self.captions}
-
 
 def shared_videos(
-    split: RetrievalSplit,
-    others: Iterable[str],
-    spelling: Callable[[str], str] = str,
-    train: RetrievalSplit | None = None,
+    split: RetrievalSplit, others: Iterable[str], spelling: Callable = str, train: RetrievalSplit | None = None
 ) -> list[str]:
     """Ids of the split's videos that are among `others` (ids in the given `spelling`) or have a file of `train`."""
     ids, files = set(others), {video.path.resolve() for video in train.videos} if train else set()
-    return [
-        video.video_id
-        for video in split.videos
-        if video.video_id in ids or spelling(video.video_id) in ids or (files and video.path.resolve() in files)
-    ]
+    videos = [(video.video_id, video.path.resolve() if files else None) for video in split.videos]
+    return [own for own, file in videos if own in ids or spelling(own) in ids or file in files]
 
 
 def check_overlap(

@@ -4,8 +4,6 @@ A clip `0001_American_Beauty_00.00.51.926-00.00.54.129` lies in the folder of it
 stamps); the file is found by name in whatever folder, since downloads name folders in their own ways.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dataloaders.annotation_files import AnnotationFiles, read_text

@@ -5,8 +5,6 @@ a `sentence` column is its own caption file, one caption a row; any other list t
 json. The 9k list holds 1,990 of the 2,990 Full test videos: never score a 9k model on Full.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +15,8 @@ from plugins import flag
 
 SPLIT_FLAGS = {"train": ("train_csv", "MSRVTT_train.9k.csv"), "test": ("val_csv", "MSRVTT_JSFUSION_test.csv")}
 CAPTIONS_PER_VIDEO = 20
-LENGTHS: dict[str, tuple[int, ...]] = {
-    "train": (9_000, 7_010, 6_513),
-    "test": (2_990, 497, 1_000),
-}  # videos of the lists
+# Videos of the lists.
+LENGTHS: dict[str, tuple[int, ...]] = {"train": (9_000, 7_010, 6_513), "test": (2_990, 497, 1_000)}
 OWN_CAPTIONS: tuple[int, ...] = (1_000,)
 
 
@@ -51,10 +47,9 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     ids = unique_ids(path, ((f"line {line}", cell.strip()) for line, cell in table["video_id"].items()))
     alike = [name for name in table.columns if name.lower() in ("sentence", "sentences", "caption", "captions")]
     if split == "test" and alike and "sentence" not in table.columns:
-        raise AnnotationError(
-            f"{path}: line 1: column {alike[0]!r} must be called 'sentence' if it holds the test's "
-            "captions; without it all captions of MSRVTT_data.json are queries"
-        )
+        remedy = "if it holds the test's captions; without it all captions of MSRVTT_data.json are queries"
+        raise AnnotationError(f"{path}: line 1: column {alike[0]!r} must be called 'sentence' {remedy}")
+    captions: dict[str, list[str]] = {}
     if split == "test" and "sentence" in table.columns:
         for line, sentence in table["sentence"].items():
             if not sentence.strip():
@@ -63,22 +58,15 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
         lengths, each = OWN_CAPTIONS, 1
     else:
         json_path = files.require("data_path", "MSRVTT_data.json, which holds the captions")
-        captions = _captions_by_video(json_path)
+        for n, sentence in enumerate(field(json_path, "top level", read_json(json_path, dict), "sentences", list)):
+            where = f"sentences[{n}]"
+            text = field(json_path, where, sentence, "caption", str)
+            if not text.strip():
+                raise AnnotationError(f"{json_path}: {where}.caption: is empty")
+            captions.setdefault(field(json_path, where, sentence, "video_id", str), []).append(text)
         require_annotated(ids, captions, path, json_path)
         lengths, each = LENGTHS[split], CAPTIONS_PER_VIDEO
     # A list that lost some rows must not pass as one of another kind: it is held to the nearest.
     nearest = min(lengths, key=lambda length: abs(length - len(ids)))
     expected = Expected(nearest, nearest * each, () if nearest == len(ids) else lengths)
     return build_split("msrvtt", split, {VideoClip(video_id): captions[video_id] for video_id in ids}, expected)
-
-
-def _captions_by_video(path: Path) -> dict[str, list[str]]:
-    data = read_json(path, dict)
-    captions: dict[str, list[str]] = {}
-    for n, sentence in enumerate(field(path, "top level", data, "sentences", list)):
-        where = f"sentences[{n}]"
-        text = field(path, where, sentence, "caption", str)
-        if not text.strip():
-            raise AnnotationError(f"{path}: {where}.caption: is empty")
-        captions.setdefault(field(path, where, sentence, "video_id", str), []).append(text)
-    return captions

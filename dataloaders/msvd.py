@@ -1,11 +1,9 @@
 """MSVD: {train,val,test}_list.txt and raw-captions.pkl -> RetrievalSplit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
-from dataloaders.annotation_files import AnnotationFiles, read_id_list, read_plain_pickle, require_annotated
+from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle, require_annotated
 from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
@@ -15,9 +13,8 @@ EXPECTED = {"train": Expected(1_200, 48_774), "val": Expected(100, 4_290), "test
 @register("msvd", splits=tuple(EXPECTED), extensions=(".avi", ".mp4", ".mkv", ".webm"), frame_rule="second")
 def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     """All captions (18 to 81) of each listed video; paths None, no video is touched. Raises AnnotationError."""
-    list_path = files.in_folder(f"{split}_list.txt")
+    list_path, ids = files.id_list(f"{split}_list.txt")
     captions_path = files.in_folder("raw-captions.pkl")
-    ids = read_id_list(list_path)
     raw = read_plain_pickle(captions_path)
     if not isinstance(raw, dict):
         raise AnnotationError(f"{captions_path}: must hold {{id: [[token, …], …]}}, holds a {type(raw).__name__}")

@@ -1,7 +1,5 @@
 """What every dataset becomes: unique videos, captions, and for each caption the video it describes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,9 +77,8 @@ class RetrievalSplit:
         if len(ids) < len(self.videos):
             raise self._error(f"video id {ids.most_common(1)[0][0]!r} occurs twice")
         for n in np.flatnonzero((index < 0) | (index >= len(self.videos))).tolist():
-            raise self._error(
-                f"caption {n} ({self.captions[n]!r}) points at video {index[n]}, there are {len(self.videos)}"
-            )
+            target = f"video {index[n]}, there are {len(self.videos)}"
+            raise self._error(f"caption {n} ({self.captions[n]!r}) points at {target}")
         for n, caption in enumerate(self.captions):
             # As CLIP's tokenizer cleans text: a caption of "&nbsp;" alone has no token.
             if not caption.strip() or ("&" in caption and not unescape(unescape(caption)).strip()):
@@ -107,7 +104,7 @@ class RetrievalSplit:
         whole.update(self.caption_to_video.tobytes())
         return f"{len(self.videos)} videos, {len(self.captions)} captions, {whole.hexdigest()[:12]}"
 
-    def drop(self, video_ids: Iterable[str]) -> RetrievalSplit:
+    def drop(self, video_ids: Iterable[str]) -> "RetrievalSplit":
         """A split without these videos and their captions, re-indexed, the ids appended to `missing_videos`.
 
         Raises AnnotationError for an id that the split does not hold, and when no video would be left.

@@ -3,19 +3,9 @@
 val and test are two halves of the official validation set; ids are `<YouTube id>_<start>_<end>`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from dataloaders.annotation_files import (
-    AnnotationFiles,
-    field,
-    read_id_list,
-    read_json,
-    require_annotated,
-    string_list,
-    unique_ids,
-)
+from dataloaders.annotation_files import AnnotationFiles, field, read_json, require_annotated, string_list, unique_ids
 from dataloaders.dataset import register
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
@@ -28,9 +18,8 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
 
     Paths are None, except where an entry has a `path`: that is the file, relative to --features_path.
     """
-    list_path = files.in_folder(f"{split}_list.txt")
+    list_path, ids = files.id_list(f"{split}_list.txt")
     captions_path = files.in_folder(f"vatex_{'training' if split == 'train' else 'validation'}_v1.0.json")
-    ids = read_id_list(list_path)
     entries = read_json(captions_path, list)
     placed = ((f"[{n}]", field(captions_path, f"[{n}]", entry, "videoID", str)) for n, entry in enumerate(entries))
     by_id = {video_id: n for n, video_id in enumerate(unique_ids(captions_path, placed))}

@@ -6,43 +6,33 @@
 Exit status: 0 clean, 1 problems found, 2 the command itself cannot be carried out.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotation_files import AnnotationFiles
+from dataloaders.index import locate_videos
 from dataloaders.integrity import count_problems, missing_problems, shared_videos
-from dataloaders.registry import DATASETS, attach_videos, load_annotations, short_id
+from dataloaders.registry import DATASETS, load_annotations, short_id
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
 from dataloaders.video import FrameSampling, VideoReadError, probe_video, read_frames
 from plugins import add_flags, from_flags, out_of_range
 from preprocess.parallel import run_parallel
 
-
-@dataclass
-class SplitReport:
-    """Findings about one split; `problems` are sentences, the rest goes to the JSON as it is."""
-
-    expected: dict[str, int | None] = field(default_factory=dict)
-    listed: dict[str, int] = field(default_factory=dict)
-    found: dict[str, int] = field(default_factory=dict)
-    missing_videos: list[str] = field(default_factory=list)
-    unreadable: list[dict[str, str]] = field(default_factory=list)
-    distinct_captions: int = 0
-    t2v_r1_ceiling: float = 100.0
-    problems: list[str] = field(default_factory=list)
+# Of a split that cannot be loaded. `problems` are sentences, the rest goes to the JSON as it is.
+EMPTY_REPORT: dict[str, Any] = {"expected": {}, "listed": {}, "found": {}, "missing_videos": [], "unreadable": []}
+EMPTY_REPORT |= {"distinct_captions": 0, "t2v_r1_ceiling": 100.0, "problems": []}
 
 
 def t2v_r1_ceiling(split: RetrievalSplit) -> float:
@@ -69,53 +59,49 @@ def check_file(sampling: FrameSampling | None, clip: VideoClip) -> str | None:
     return None
 
 
-def check_split(
-    split: RetrievalSplit, features_path: Path, sampling: FrameSampling | None, workers: int
-) -> SplitReport:
-    """Compare a freshly loaded split (paths None) with the published counts and with the files of `features_path`."""
-    report = SplitReport(
-        expected={"videos": split.expected.videos, "captions": split.expected.captions},
-        listed={"videos": len(split.videos), "captions": len(split.captions)},
-        distinct_captions=len(set(split.captions)),
-        t2v_r1_ceiling=t2v_r1_ceiling(split),
-        problems=list(count_problems(split)),
-    )
+def check_split(split: RetrievalSplit, folder: Path, sampling: FrameSampling | None, workers: int) -> dict[str, Any]:
+    """Compare a freshly loaded split (paths None) with the published counts and with the files of `folder`."""
+    problems = list(count_problems(split))
+    report = EMPTY_REPORT | {
+        "expected": {"videos": split.expected.videos, "captions": split.expected.captions},
+        "listed": {"videos": len(split.videos), "captions": len(split.captions)},
+        "distinct_captions": len(set(split.captions)),
+        "t2v_r1_ceiling": t2v_r1_ceiling(split),
+        "problems": problems,
+    }
     try:
-        located = attach_videos(split.dataset, split, features_path)
+        located = locate_videos(split, folder, DATASETS[split.dataset])
     except VideoFolderError as error:
-        report.found = {"videos": 0, "captions": 0}
-        report.missing_videos = [clip.video_id for clip in split.videos]
-        report.problems.append(str(error))
-        return report
-    report.missing_videos = list(located.missing_videos)
-    report.problems += missing_problems(located)
+        problems.append(str(error))
+        missing = [clip.video_id for clip in split.videos]
+        return report | {"found": {"videos": 0, "captions": 0}, "missing_videos": missing}
+    problems += missing_problems(located)
     check, label = partial(check_file, sampling), f"{located.dataset} {located.name}"
-    for clip, trouble in run_parallel(check, located.videos, workers, label, lambda _: "the decoder crashed on it"):
-        if trouble is not None:
-            report.unreadable.append({"video_id": clip.video_id, "path": str(clip.path), "error": trouble})
-    report.unreadable.sort(key=lambda entry: entry["video_id"])  # workers finish in any order
-    unreadable = [entry["video_id"] for entry in report.unreadable]
-    if unreadable:
-        cause = "first: {path}: {error}".format_map(report.unreadable[0])
-        report.problems.append(f"{len(unreadable):,} videos cannot be read: {first_ids(unreadable)}; {cause}")
+    outcomes = run_parallel(check, located.videos, workers, label, lambda _: "the decoder crashed on it")
+    bad = [{"video_id": clip.video_id, "path": str(clip.path), "error": error} for clip, error in outcomes if error]
+    bad.sort(key=lambda entry: entry["video_id"])  # workers finish in any order
+    unreadable = [entry["video_id"] for entry in bad]
+    if bad:
+        cause = "first: {path}: {error}".format_map(bad[0])
+        problems.append(f"{len(bad):,} videos cannot be read: {first_ids(unreadable)}; {cause}")
     usable = [n for n, clip in enumerate(located.videos) if clip.video_id not in unreadable]
-    report.found = {"videos": len(usable), "captions": int(located.captions_per_video[usable].sum())}
-    return report
+    found = {"videos": len(usable), "captions": int(located.captions_per_video[usable].sum())}
+    return report | {"found": found, "missing_videos": list(located.missing_videos), "unreadable": bad}
 
 
-def check_dataset(args: argparse.Namespace) -> dict[str, object]:
+def check_dataset(args: argparse.Namespace) -> dict[str, Any]:
     """The whole report as JSON-ready values; key "problems" counts them over all splits."""
     dataset = DATASETS[args.datatype]
     files = AnnotationFiles(args.data_path, from_flags(dataset.Options, vars(args)))
     sampling = None if args.no_decode else FrameSampling(dataset.frame_rule, args.feature_framerate, args.max_frames)
     loaded: dict[str, RetrievalSplit] = {}
-    reports: dict[str, SplitReport] = {}
+    reports: dict[str, dict[str, Any]] = {}
     for name in args.splits:
         try:
             loaded[name] = load_annotations(dataset.name, name, files)
             reports[name] = check_split(loaded[name], args.features_path, sampling, args.num_workers)
         except AnnotationError as error:
-            reports[name] = SplitReport(problems=[str(error)])
+            reports[name] = EMPTY_REPORT | {"problems": [str(error)]}
     overlap, leaks = {}, []
     spelling = partial(short_id, dataset.name)
     for (a, first), (b, second) in itertools.combinations(loaded.items(), 2):
@@ -129,40 +115,29 @@ def check_dataset(args: argparse.Namespace) -> dict[str, object]:
         "data_path": str(args.data_path) if args.data_path else None,
         "features_path": str(args.features_path),
         "decoded": sampling is not None,
-        "splits": {name: asdict(report) for name, report in reports.items()},
+        "splits": reports,
         "overlap": overlap,
         "leaks": leaks,
-        "problems": len(leaks) + sum(len(report.problems) for report in reports.values()),
+        "problems": len(leaks) + sum(len(report["problems"]) for report in reports.values()),
     }
 
 
-def describe(report: dict) -> list[str]:
+def describe(report: dict[str, Any]) -> list[str]:
     """The report as lines to read: one for a clean split, one more for each problem."""
     lines = []
     for name, split in report["splits"].items():
-        state = "cannot be loaded"
-        if split["listed"]:
-            found = f"{len(split['problems'])} problems" if split["problems"] else "ok"
-            state = f"{found}: {'; '.join(_findings(report, name))}"
+        ofs = {what: "" if count is None else f" of {count:,}" for what, count in split["expected"].items()}
+        findings = [", ".join(f"{split['found'][what]:,}{of} {what}" for what, of in ofs.items())]
+        if split["t2v_r1_ceiling"] != 100:
+            ceiling = f"t2v R@1 cannot exceed {split['t2v_r1_ceiling']:.2f} %"
+            findings.append(f"{split['distinct_captions']:,} distinct captions, some on several videos: {ceiling}")
+        pairs = [(*pair.split("/"), both["captions"]) for pair, both in report["overlap"].items()]
+        shared = [f"{count:,} captions also in {first}" for first, second, count in pairs if second == name and count]
+        findings += [", ".join(shared)] if shared else []
+        state = f"{len(split['problems'])} problems" if split["problems"] else "ok"
+        state = f"{state}: {'; '.join(findings)}" if split["listed"] else "cannot be loaded"
         lines += [f"{report['datatype']} {name}: {state}", *(f"  - {problem}" for problem in split["problems"])]
     return lines + [f"{report['datatype']} {leak}" for leak in report["leaks"]]
-
-
-def _findings(report: dict, name: str) -> Iterator[str]:
-    """Counts; captions that stand on several videos of the split; those that stand in other splits."""
-    split = report["splits"][name]
-    ofs = {what: "" if count is None else f" of {count:,}" for what, count in split["expected"].items()}
-    yield ", ".join(f"{split['found'][what]:,}{of} {what}" for what, of in ofs.items())
-    if split["t2v_r1_ceiling"] != 100:
-        ceiling = f"t2v R@1 cannot exceed {split['t2v_r1_ceiling']:.2f} %"
-        yield f"{split['distinct_captions']:,} distinct captions, some on several videos: {ceiling}"
-    shared = [
-        f"{both['captions']:,} captions also in {pair.split('/')[0]}"
-        for pair, both in report["overlap"].items()
-        if pair.endswith(f"/{name}") and both["captions"]
-    ]
-    if shared:
-        yield ", ".join(shared)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -188,8 +163,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.splits is None:
         args.splits = [name for name in dataset.splits if name not in lists or getattr(options, lists[name])]
     args.splits = list(dict.fromkeys(args.splits))
-    unknown = [name for name in args.splits if name not in dataset.splits]
-    if unknown:
+    if unknown := [name for name in args.splits if name not in dataset.splits]:
         parser.error(f"--splits {unknown[0]}: {args.datatype} has {', '.join(dataset.splits)}")
     if not args.splits:
         parser.error(f"nothing to check: give {' or '.join(f'--{flag}' for flag in lists.values())}")

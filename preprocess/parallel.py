@@ -1,7 +1,5 @@
 """Run one function over many files in worker processes, where a file that crashes its worker costs no other."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

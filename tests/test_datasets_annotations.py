@@ -429,7 +429,7 @@ def test_vatex_malformed(tmp_path, entries, message):
 
 
 def test_load_split_names_datatype_and_missing_videos(tmp_path):
-    with pytest.raises(AnnotationError, match="--datatype must be one of activity, didemo, .*, got msr"):
+    with pytest.raises(KeyError, match="--datatype must be one of activity, didemo, .*, got msr"):
         load_split("msr", "test", AnnotationFiles(), tmp_path)
     val_csv = write(tmp_path / "val.csv", "video_id,sentence\nvideo1,a\nvideo2,b\n")
     write(tmp_path / "videos" / "video2.webm", "x")

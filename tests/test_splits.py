@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataloaders.dataset import Dataset
 from dataloaders.index import index_videos, locate_videos
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, VideoFolderError, build_split
 
 NONE_EXPECTED = Expected(None, None)
+TOY = Dataset("toy", load=build_split, splits=("test",), extensions=(".mp4",), recursive=False)
 
 
 def make(ids=("a", "b", "c"), captions=("a1", "a2", "b1", "c1"), index=(0, 0, 1, 2), **more) -> RetrievalSplit:
@@ -133,7 +136,7 @@ def test_links_are_followed_once(tmp_path):
 
 
 def test_missing_videos_are_dropped_and_listed(tmp_path):
-    split = locate_videos(make(), touch(tmp_path, "a.mp4", "c.mp4"), (".mp4",))
+    split = locate_videos(make(), touch(tmp_path, "a.mp4", "c.mp4"), TOY)
     assert [clip.path for clip in split.videos] == [tmp_path / "a.mp4", tmp_path / "c.mp4"]
     assert split.missing_videos == ("b",)
     assert split.captions == ("a1", "a2", "c1")
@@ -141,27 +144,27 @@ def test_missing_videos_are_dropped_and_listed(tmp_path):
 
 def test_candidates_are_tried_in_order(tmp_path):
     touch(tmp_path, "v_a.mp4", "a.mp4", "b.mp4", "v_c.mp4")
-    split = locate_videos(make(), tmp_path, (".mp4",), candidates=lambda i: [f"v_{i}", i])
+    split = locate_videos(make(), tmp_path, replace(TOY, candidates=lambda i: [f"v_{i}", i]))
     assert [clip.path.name for clip in split.videos] == ["v_a.mp4", "b.mp4", "v_c.mp4"]
 
 
 def test_a_folder_without_the_videos_says_what_was_looked_for(tmp_path):
     with pytest.raises(VideoFolderError, match=r"--features_path .*nowhere does not exist"):
-        locate_videos(make(), tmp_path / "nowhere", (".mp4",))
+        locate_videos(make(), tmp_path / "nowhere", TOY)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(VideoFolderError, match=r"--features_path .*file is a file"):
-        locate_videos(make(), file, (".mp4",))
+        locate_videos(make(), file, TOY)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(VideoFolderError, match=r"'a\.mp4' \(\.mp4\) directly in it; it holds no video \(no file"):
-        locate_videos(make(), empty, (".mp4",))
+        locate_videos(make(), empty, TOY)
     touch(empty, "x.txt", "y.txt")
     with pytest.raises(VideoFolderError, match=r"holds no video \(2 \.txt"):
-        locate_videos(make(), empty, (".mp4",))
+        locate_videos(make(), empty, TOY)
     touch(empty, "all/a.mp4")
     with pytest.raises(VideoFolderError, match=r"holds no video .*; is it one of its folders 'all'\?"):
-        locate_videos(make(), empty, (".mp4",))
+        locate_videos(make(), empty, TOY)
     touch(empty, "other.mp4")
     with pytest.raises(VideoFolderError, match=r"none of the 3 videos of toy test .* such as 'other'"):
-        locate_videos(make(), empty, (".mp4",))
+        locate_videos(make(), empty, TOY)
