@@ -10,8 +10,6 @@ script does; portrait videos keep their aspect ratio, which they lose there.
 Exit status: 0 all converted, 1 some were not, 2 the command cannot be carried out.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -44,19 +42,13 @@ ENCODER = "libx264"
 TURNS = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}
 
 
-class Target(NamedTuple):
-    """Frames a second and length of the short side in pixels (even)."""
-
-    fps: int
-    size: int
-
-
 class Job(NamedTuple):
-    """One video to convert."""
+    """One video to convert, to `fps` frames a second, its short side `size` pixels (even)."""
 
     source: Path
     output: Path
-    target: Target
+    fps: int
+    size: int
 
 
 class Look(NamedTuple):
@@ -96,17 +88,17 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     return container.duration / av.time_base if container.duration else None
 
 
-def reencode(info: VideoInfo, output: Path, look: Look, target: Target) -> None:
+def reencode(info: VideoInfo, output: Path, look: Look, fps: int, size: int) -> None:
     """Write `output` from a probed video. Raises VideoReadError for a source that is damaged anywhere.
 
     Raises also av.FFmpegError or OSError, and may then leave a part of `output` behind.
     """
-    width, height = target_size(look.width, look.height, target.size)
+    width, height = target_size(look.width, look.height, size)
     # eof_action=pass: a frame for every 1/fps s that has begun, so that the shortest clips keep one.
-    filters = [*TURNS.get(look.rotation, []), "setpts=PTS-STARTPTS", f"fps={target.fps}:eof_action=pass"]
+    filters = [*TURNS.get(look.rotation, []), "setpts=PTS-STARTPTS", f"fps={fps}:eof_action=pass"]
     filters += [f"scale={width}:{height}", "setsar=1", "format=yuv420p", "buffersink"]
     with av.open(str(output), "w") as writer:
-        encoder = writer.add_stream(ENCODER, rate=target.fps, width=width, height=height, pix_fmt="yuv420p")
+        encoder = writer.add_stream(ENCODER, rate=fps, width=width, height=height, pix_fmt="yuv420p")
         encoder.codec_context.thread_count = 1  # the videos are already spread over the cores
         for frame in _filtered(info, filters):
             frame.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source's own pictures
@@ -136,7 +128,7 @@ def _filtered(info: VideoInfo, filters: list[str]) -> Iterator[av.VideoFrame]:
                 yield graph.pull()  # type: ignore[misc]
 
 
-def why_unfit(look: Look, output: Path, target: Target) -> str | None:
+def why_unfit(look: Look, output: Path, fps: int, size: int) -> str | None:
     """Why `output` is not the finished conversion of the video of `look`; None when it is."""
     try:
         with av.open(str(output)) as container:
@@ -145,18 +137,18 @@ def why_unfit(look: Look, output: Path, target: Target) -> str | None:
             stream = container.streams.video[0]
             if stream.codec_context.name != "h264":
                 return f"is {stream.codec_context.name}, not H.264"
-            width, height = target_size(look.width, look.height, target.size)
+            width, height = target_size(look.width, look.height, size)
             if (stream.width, stream.height) != (width, height):
                 return f"is {stream.width}x{stream.height}, not {width}x{height}"
-            if stream.average_rate != target.fps:
-                return f"has {float(stream.average_rate or Fraction(0)):g} frames a second, not {target.fps}"
+            if stream.average_rate != fps:
+                return f"has {float(stream.average_rate or Fraction(0)):g} frames a second, not {fps}"
             if next(container.decode(stream), None) is None:
                 return "has no frame that can be decoded"
             duration = _duration(container, stream)
     except (av.FFmpegError, OSError) as error:
         return f"cannot be opened: {error}"
     # Rounding to whole frames at either end, and what sound or a lazy header adds to the stated length of an input.
-    if look.duration is not None and abs(duration - look.duration) > max(1.0, 2 / target.fps, 0.02 * look.duration):
+    if look.duration is not None and abs(duration - look.duration) > max(1.0, 2 / fps, 0.02 * look.duration):
         return f"lasts {duration:.2f} s, the original {look.duration:.2f} s"
     return None
 
@@ -170,11 +162,11 @@ def convert(job: Job) -> tuple[str, str]:
     try:
         info = probe_video(job.source)
         look = look_at(info)
-        if job.output.is_file() and why_unfit(look, job.output, job.target) is None:
+        if job.output.is_file() and why_unfit(look, job.output, job.fps, job.size) is None:
             return "kept", ""
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        reencode(info, part, look, job.target)
-        if trouble := why_unfit(look, part, job.target):
+        reencode(info, part, look, job.fps, job.size)
+        if trouble := why_unfit(look, part, job.fps, job.size):
             raise VideoReadError(job.source, f"the result {trouble}")
         os.replace(part, job.output)
     except (VideoReadError, av.FFmpegError, OSError) as error:
@@ -202,7 +194,7 @@ def copy_original(job: Job, reason: str) -> tuple[str, str]:
     return "failed", f"{reason}; copied as it is"
 
 
-def plan(input_root: Path, output_root: Path, target: Target) -> tuple[list[Job], int]:
+def plan(input_root: Path, output_root: Path, fps: int, size: int) -> tuple[list[Job], int]:
     """The jobs in a fixed order, and the number of other files, which are left alone.
 
     Raises ValueError when there is no video, two would get the same output, or a folder cannot be listed.
@@ -222,7 +214,7 @@ def plan(input_root: Path, output_root: Path, target: Target) -> tuple[list[Job]
             output = output_root / source.relative_to(input_root).with_name(f"{stem}.mp4")
             if output in jobs:
                 raise ValueError(f"{jobs[output].source} and {source} would both become {output}; move one away")
-            jobs[output] = Job(source, output, target)
+            jobs[output] = Job(source, output, fps, size)
     if not jobs:
         raise ValueError(f"--input_root {input_root} holds no video ({len(found)} other files)")
     return list(jobs.values()), len(found) - len(jobs)
@@ -260,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, is_main=True)
     try:
         args.output_root.mkdir(parents=True, exist_ok=True)
-        jobs, others = plan(args.input_root, args.output_root, Target(args.fps, args.size))
+        jobs, others = plan(args.input_root, args.output_root, args.fps, args.size)
     except (ValueError, OSError) as error:
         print(f"compress_video: {error}", file=sys.stderr)
         return 2
@@ -270,10 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [f"{job.source}\t{outcomes[job][1]}\n" for job in jobs if outcomes[job][0] == "failed"]
     log = args.output_root / "compress_failures.txt"
     log.unlink(missing_ok=True)
-    see = ""
     if failed:
         log.write_text("".join(failed), encoding="utf-8")
-        see = f", see {log}"
+    see = f", see {log}" if failed else ""
     done = f"{states.count('converted'):,} converted, {states.count('kept'):,} were there already"
     print(f"{done}, {len(failed):,} failed{see}; {others:,} other files left alone")
     return 1 if failed else 0
