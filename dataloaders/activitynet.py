@@ -39,8 +39,7 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     require_annotated(ids, annotations, list_path, captions_path)
     clips = {}
     for video_id in ids:
-        record = annotations[video_id]
-        where = f"key {video_id!r}"
+        record, where = annotations[video_id], f"key {video_id!r}"
         sentences = field(captions_path, where, record, "sentences", list)
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise AnnotationError(f"{captions_path}: {where}.sentences: must be strings")

@@ -91,8 +91,7 @@ def read_csv(path: Path, required: Sequence[str]) -> Any:
     table.index = (1 + table.apply(lambda column: column.str.count("\n")).sum(axis=1)).cumsum().astype(int)
     table = table[table[1].notna() | (table[0].fillna("").str.strip() != "")]  # the rest are blank lines
     header = [cell.strip() for cell in table.iloc[0].dropna()] if len(table) else []
-    absent = [column for column in required if column not in header]
-    if header and absent:
+    if header and (absent := [column for column in required if column not in header]):
         place, has = f"{path}: line {table.index[0]}", ", ".join(map(repr, header))
         raise AnnotationError(f"{place}: no column {', '.join(map(repr, absent))}; it has {has}")
     if twice := sorted({column for column in header if header.count(column) > 1}):
@@ -143,8 +142,7 @@ def string_list(path: Path, where: str, values: list[Any]) -> list[str]:
 
 def paragraph(path: Path, where: str, sentences: Sequence[str]) -> str:
     """The sentences in order, one space between; blank ones add nothing. AnnotationError where none has text."""
-    text = " ".join(sentence.strip() for sentence in sentences if sentence.strip())
-    if not text:
+    if not (text := " ".join(sentence.strip() for sentence in sentences if sentence.strip())):
         raise AnnotationError(f"{path}: {where}: no text in any of {len(sentences)} sentences")
     return text
 

@@ -18,9 +18,8 @@ class Dataset:
     load: (split, files) -> RetrievalSplit without paths; raises AnnotationError, for an unknown split too.
     extensions: of its video files, with their dot, the preferred one first. frame_rule: that of its published numbers.
     recursive: videos may lie in folders below --features_path. candidates: video id -> file stems, best first.
-    Options: its own flags. split_flags: split -> (the flag that names its list, an example of one), for splits that
-    are files of their own and not part of --data_path. draws_captions(options): training draws one caption per clip
-    and epoch, rather than going through all captions.
+    Options: its own flags. split_flags: split -> (the flag that names its list, an example of one), for splits outside
+    --data_path. draws_captions(options): training draws one caption per clip and epoch, else goes through all.
     """
 
     name: str

@@ -1,8 +1,7 @@
 """DiDeMo, paragraph retrieval: one caption a video, its descriptions joined -> RetrievalSplit.
 
-The lists name original files, with their extension or, for some, a bare "." at the end; the descriptions do so too, and
-now and then name the same video with another extension. People keep the original files, re-encoded copies
-`<stem>.mp4`, or copies whose ".mp4" follows the old name.
+Lists and descriptions name original files, with their extension or a bare "." at the end, and not always the same one.
+People keep the original files, re-encoded copies `<stem>.mp4`, or copies whose ".mp4" follows the old name.
 """
 
 import logging
@@ -23,11 +22,7 @@ EXPECTED = {"train": Expected(8_392, 8_392), "val": Expected(1_065, 1_065), "tes
 
 @dataclass(frozen=True)
 class Options:
-    didemo_clip_seconds: float = flag(
-        30.0,
-        "seconds of each video that are its clip, from the start; 30 were annotated, the source projects read 31",
-        must_be=above(0),
-    )
+    didemo_clip_seconds: float = flag(30.0, "seconds from the start that are the clip; sources: 31", must_be=above(0))
 
 
 def stem_of(video_id: str) -> str:
@@ -45,9 +40,8 @@ def candidates(video_id: str) -> list[str]:
 def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     """One paragraph for each listed video; paths None, no video is touched. Raises AnnotationError.
 
-    Every clip is the first --didemo_clip_seconds (30) of its video, the part that was shown to the annotators.
-    Descriptions belong to a listed id by their exact name, as in CLIP4Clip, so that the captions are the published
-    ones; an id whose exact name has none takes those of its stem.
+    Every clip is the first --didemo_clip_seconds of its video: 30 s were shown to the annotators. Descriptions belong
+    to a listed id by their exact name, as in CLIP4Clip, or where there is none by its stem.
     """
     list_path, ids = files.id_list(f"{split}_list.txt")
     captions_path = files.in_folder(f"{split}_data.json")

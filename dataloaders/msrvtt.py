@@ -15,8 +15,7 @@ from plugins import flag
 
 SPLIT_FLAGS = {"train": ("train_csv", "MSRVTT_train.9k.csv"), "test": ("val_csv", "MSRVTT_JSFUSION_test.csv")}
 CAPTIONS_PER_VIDEO = 20
-# Videos of the lists.
-LENGTHS: dict[str, tuple[int, ...]] = {"train": (9_000, 7_010, 6_513), "test": (2_990, 497, 1_000)}
+LENGTHS: dict[str, tuple[int, ...]] = {"train": (9_000, 7_010, 6_513), "test": (2_990, 497, 1_000)}  # videos
 OWN_CAPTIONS: tuple[int, ...] = (1_000,)
 
 

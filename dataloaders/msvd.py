@@ -1,6 +1,5 @@
 """MSVD: {train,val,test}_list.txt and raw-captions.pkl -> RetrievalSplit."""
 
-from pathlib import Path
 from typing import Any
 
 from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle, require_annotated
@@ -20,23 +19,19 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
         raise AnnotationError(f"{captions_path}: must hold {{id: [[token, …], …]}}, holds a {type(raw).__name__}")
     captions = {_text(video_id): sentences for video_id, sentences in raw.items()}
     require_annotated(ids, captions, list_path, captions_path)
-    clips = {VideoClip(i): _sentences(captions_path, i, captions[i]) for i in ids}
+    clips: dict[VideoClip, list[str]] = {}
+    for video_id in ids:
+        sentences, where = captions[video_id], f"{captions_path}: key {video_id!r}"
+        if not isinstance(sentences, (list, tuple)) or not sentences:
+            raise AnnotationError(f"{where}: must be a non-empty list of captions, is {sentences!r:.80}")
+        for n, tokens in enumerate(sentences):
+            if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, (str, bytes)) for token in tokens):
+                raise AnnotationError(f"{where}[{n}]: must be a list of tokens, is {tokens!r:.80}")
+            sentence = " ".join(_text(token) for token in tokens)
+            if not sentence.strip():
+                raise AnnotationError(f"{where}[{n}]: the caption is empty")
+            clips.setdefault(VideoClip(video_id), []).append(sentence)
     return build_split("msvd", split, clips, EXPECTED[split])
-
-
-def _sentences(path: Path, video_id: str, sentences: Any) -> list[str]:
-    """[[token, …], …] -> ["token token …", …]"""
-    if not isinstance(sentences, (list, tuple)) or not sentences:
-        raise AnnotationError(f"{path}: key {video_id!r}: must be a non-empty list of captions, is {sentences!r:.80}")
-    joined = []
-    for n, tokens in enumerate(sentences):
-        if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, (str, bytes)) for token in tokens):
-            raise AnnotationError(f"{path}: key {video_id!r}[{n}]: must be a list of tokens, is {tokens!r:.80}")
-        sentence = " ".join(_text(token) for token in tokens)
-        if not sentence.strip():
-            raise AnnotationError(f"{path}: key {video_id!r}[{n}]: the caption is empty")
-        joined.append(sentence)
-    return joined
 
 
 def _text(value: Any) -> Any:

@@ -22,9 +22,8 @@ if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.index import locate_videos
 from dataloaders.integrity import count_problems, missing_problems, shared_videos
-from dataloaders.registry import DATASETS, load_annotations, short_id
+from dataloaders.registry import DATASETS, load_annotations, locate_videos, short_id
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
 from dataloaders.video import FrameSampling, VideoReadError, probe_video, read_frames
 from plugins import add_flags, from_flags, out_of_range
@@ -38,8 +37,7 @@ EMPTY_REPORT |= {"distinct_captions": 0, "t2v_r1_ceiling": 100.0, "problems": []
 def t2v_r1_ceiling(split: RetrievalSplit) -> float:
     """The highest t2v R@1 in % that any model can reach on this split, each caption having one correct video.
 
-    Equal captions get equal scores, so all copies of a text retrieve the same video: at best the one that most of the
-    copies describe. Copies on one and the same video cost nothing.
+    Equal captions retrieve the same video, at best that which most of them describe. Copies on one video cost nothing.
     """
     best: Counter[str] = Counter()
     for (caption, _), copies in Counter(zip(split.captions, split.caption_to_video.tolist())).items():

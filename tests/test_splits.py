@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataloaders.dataset import Dataset
-from dataloaders.index import index_videos, locate_videos
+from dataloaders.registry import index_videos, locate_videos
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, VideoFolderError, build_split
 
 NONE_EXPECTED = Expected(None, None)
