@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
@@ -69,8 +69,7 @@ def target_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 def look_at(info: VideoInfo) -> Look:
     """Decode the first frame of a probed video; raises VideoReadError when there is none."""
-    frame = next(all_frames(info), None)
-    if frame is None:
+    if (frame := next(all_frames(info), None)) is None:
         raise VideoReadError(info.path, "no frame of it can be decoded")
     rotation = round(frame.rotation) % 360
     width, height = (frame.height, frame.width) if rotation in (90, 270) else (frame.width, frame.height)
@@ -97,35 +96,30 @@ def reencode(info: VideoInfo, output: Path, look: Look, fps: int, size: int) -> 
     # eof_action=pass: a frame for every 1/fps s that has begun, so that the shortest clips keep one.
     filters = [*TURNS.get(look.rotation, []), "setpts=PTS-STARTPTS", f"fps={fps}:eof_action=pass"]
     filters += [f"scale={width}:{height}", "setsar=1", "format=yuv420p", "buffersink"]
+    graph, first = av.filter.Graph(), None
     with av.open(str(output), "w") as writer:
         encoder = writer.add_stream(ENCODER, rate=fps, width=width, height=height, pix_fmt="yuv420p")
         encoder.codec_context.thread_count = 1  # the videos are already spread over the cores
-        for frame in _filtered(info, filters):
-            frame.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source's own pictures
-            writer.mux(encoder.encode(frame))
+        for number, frame in enumerate(chain(all_frames(info), [None])):
+            if frame is not None:
+                if frame.is_corrupt:  # behind guessed pixels nothing could notice it any more
+                    raise VideoReadError(info.path, f"frame {number} is damaged")
+                if frame.pts is None:
+                    frame.pts = frame.dts  # AVI stores no presentation times
+                shape: dict[str, Any] = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+                if first is None:
+                    first, source = shape, graph.add_buffer(**shape, time_base=frame.time_base or info.time_base)
+                    nodes = [graph.add(name, text) for name, _, text in (item.partition("=") for item in filters)]
+                    graph.link_nodes(source, *nodes).configure()
+                elif shape != first:
+                    raise VideoReadError(info.path, f"the frame size or format changes at {frame.time} s")
+            graph.push(frame)
+            with suppress(av.BlockingIOError, av.EOFError):  # until the next frame, or for good
+                while True:
+                    small: Any = graph.pull()
+                    small.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source
+                    writer.mux(encoder.encode(small))
         writer.mux(encoder.encode(None))
-
-
-def _filtered(info: VideoInfo, filters: list[str]) -> Iterator[av.VideoFrame]:
-    """What the filters make of all frames. Damage raises: behind guessed pixels nothing could notice it any more."""
-    graph, first = av.filter.Graph(), None
-    for number, frame in enumerate(chain(all_frames(info), [None])):
-        if frame is not None:
-            if frame.is_corrupt:
-                raise VideoReadError(info.path, f"frame {number} is damaged")
-            if frame.pts is None:
-                frame.pts = frame.dts  # AVI stores no presentation times
-            shape: dict[str, Any] = {"width": frame.width, "height": frame.height, "format": frame.format.name}
-            if first is None:
-                first, source = shape, graph.add_buffer(**shape, time_base=frame.time_base or info.time_base)
-                nodes = [graph.add(name, arguments) for name, _, arguments in (text.partition("=") for text in filters)]
-                graph.link_nodes(source, *nodes).configure()
-            elif shape != first:
-                raise VideoReadError(info.path, f"the frame size or format changes at {frame.time} s")
-        graph.push(frame)
-        with suppress(av.BlockingIOError, av.EOFError):  # until the next frame, or for good
-            while True:
-                yield graph.pull()  # type: ignore[misc]
 
 
 def why_unfit(look: Look, output: Path, fps: int, size: int) -> str | None:

@@ -12,28 +12,24 @@ from typing import TypeVar
 
 from engine.progress import Bar
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+T = TypeVar("T")  # a task
+R = TypeVar("R")  # its result
 
 
 def run_parallel(
-    function: Callable[[Task], Result],
-    tasks: Sequence[Task],
-    workers: int,
-    label: str,
-    on_crash: Callable[[Task], Result],
-) -> Iterator[tuple[Task, Result]]:
+    function: Callable[[T], R], tasks: Sequence[T], workers: int, label: str, on_crash: Callable[[T], R]
+) -> Iterator[tuple[T, R]]:
     """Yield (task, function(task)) as they finish, showing progress; at most `workers` processes.
 
     `function` must be importable and turn its own exceptions into results. A task whose worker dies (a decoder that
     crashes, memory that runs out) yields `on_crash(task)`. Workers end when this process does, even if it is killed.
     """
     waiting = iter(tasks)
-    running: dict[Future[Result], tuple[Task, ProcessPoolExecutor]] = {}
+    running: dict[Future[R], tuple[T, ProcessPoolExecutor]] = {}
     # A pool for each worker: a crash breaks a whole pool, so it must hold one task only.
     with Bar(label, len(tasks)) as bar, ExitStack() as pools:
 
-        def start(task: Task, pool: ProcessPoolExecutor | None = None) -> None:
+        def start(task: T, pool: ProcessPoolExecutor | None = None) -> None:
             pool = pool or pools.enter_context(ProcessPoolExecutor(1, initializer=_end_with_parent))
             try:
                 running[pool.submit(function, task)] = task, pool
