@@ -258,8 +258,7 @@ def _write_vatex(named: Named) -> dict[str, Any]:
     """Val and test share a table. Every fifth entry has the optional "path" of its file below the folder of videos."""
     files = _lists(named)
     for split, clips in named.items():
-        table = "training" if split == "train" else "validation"
-        entries = files.setdefault(f"vatex_{table}_v1.0.json", [])
+        entries = files.setdefault(f"vatex_{'training' if split == 'train' else 'validation'}_v1.0.json", [])
         for index, (name, clip) in enumerate(clips.items()):
             entry = {"videoID": name, "enCap": [f"{text.capitalize()}." for text in clip.texts]}
             entries.append({**entry, "path": f"{name}.mp4"} if index % 5 == 0 else entry)

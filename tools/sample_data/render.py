@@ -71,9 +71,8 @@ def write_video(task: tuple[Path, Clip]) -> str | None:
     options = {**options, "threads": "1", "flags": "+bitexact"}  # more threads would change the bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(
-            str(path), "w", format=CONTAINERS.get(ending), container_options={"fflags": "+bitexact"}
-        ) as container:
+        exact = {"fflags": "+bitexact"}
+        with av.open(str(path), "w", format=CONTAINERS.get(ending), container_options=exact) as container:
             stream = container.add_stream(codec, rate=clip.rate, options=options)
             stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
             for image in clip_frames(clip):

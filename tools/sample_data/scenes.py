@@ -1,15 +1,17 @@
 """What a sample clip shows: one or two coloured shapes that stand, move, change or take turns on a plain background.
 
 A caption states a scene of its own, with "" for a size or place that it leaves out; `holds` says what that is true of.
-Its wording is a function of that statement alone (and of chance), so a caption never says more than its statement. No
-wording has a comma: the annotation files are written without quotes.
+Its wording (words.json) follows from that statement and chance alone. None has a comma, as csv is written unquoted.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
+from pathlib import Path
 from random import Random
+from typing import Any
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan")
@@ -24,42 +26,8 @@ MOTIONS, CHANGES = ([action for pair in pairs for action in pair] for pairs in (
 # What an action becomes when the film runs backwards.
 BACKWARDS = {a: b for one, other in (*MOTION_PAIRS, *CHANGE_PAIRS, TURNS) for a, b in ((one, other), (other, one))}
 ARRANGEMENTS = {"single": 0.25, "lanes": 0.55, "turns": 0.2}
-# The first wording of everything is the plain one.
-WORDS = {
-    "circle": ("circle", "circle", "circle", "disc", "ball"),
-    "square": ("square", "square", "square", "box"),
-    "cross": ("cross", "cross", "cross", "plus sign"),
-    "ring": ("ring", "ring", "ring", "hoop"),
-    "purple": ("purple", "purple", "purple", "violet"),
-    "cyan": ("cyan", "cyan", "cyan", "turquoise"),
-    "gray": ("gray", "gray", "gray", "grey"),
-    "small": ("small", "little"),
-    "large": ("large", "big"),
-}
-PLACE_WORDS = {
-    "": ("",),
-    "left": ("on the left", "on the left side"),
-    "right": ("on the right", "on the right side"),
-    "top": ("at the top", "near the top"),
-    "bottom": ("at the bottom", "near the bottom"),
-    "middle": ("in the middle", "in the center"),
-}
-ACTION_WORDS = {
-    "still": ("stays still", "does not move", "rests"),
-    "left": ("moves to the left", "slides left", "moves from right to left"),
-    "right": ("moves to the right", "slides right", "moves from left to right"),
-    "up": ("moves up", "rises", "goes from bottom to top"),
-    "down": ("moves down", "sinks", "goes from top to bottom"),
-    "grow": ("grows", "gets bigger", "expands"),
-    "shrink": ("shrinks", "gets smaller", "contracts"),
-    "appear": ("appears", "pops up", "comes into view"),
-    "vanish": ("disappears", "vanishes", "goes away"),
-}
-BEFORE = ("first {0} and then {1}", "{0} appears before {1}", "{0} is followed by {1}", "{1} comes after {0}")
-CLAUSES = ("{noun} {place} {verb}", "{noun} {verb} {place}")
-TOGETHER = ("{0} and {1}", "{1} and {0}", "{0} while {1}", "{1} while {0}")
-BACKDROPS = ("on a {} background", "against a {} background", "on a {} backdrop", "in front of a {} background")
-BACKDROP_ENDS = ("{0} {1}", "{0} {1}", "{0} {1}", "{1} {0}")
+# Wordings of everything; the first one is the plain one.
+WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -153,19 +121,19 @@ def caption(scene: Scene, rng: Random | None = None) -> Caption:
         return fact if rng is None or rng.random() < chance else ""
 
     def word(name: str) -> str:
-        return choose(WORDS.get(name, (name,)))
+        return choose(WORDS["things"].get(name, (name,)))
 
     def noun(thing: Thing) -> str:
         words = [word(name) for name in (thing.size, thing.color, thing.shape) if name]
         return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
     def clause(thing: Thing) -> str:
-        place, verb = choose(PLACE_WORDS[thing.place]), choose(ACTION_WORDS[thing.action])
-        return choose(CLAUSES).format(noun=noun(thing), place=place, verb=verb)
+        place, verb = choose(WORDS["places"][thing.place]), choose(WORDS["actions"][thing.action])
+        return choose(WORDS["clauses"]).format(noun=noun(thing), place=place, verb=verb)
 
     things = [replace(thing, size=keep(thing.size, 0.5), place=keep(thing.place, 0.8)) for thing in scene.things]
     turns = things[0].action in TURNS
-    templates = BEFORE if turns else TOGETHER if len(things) > 1 else ("{0}",)
+    templates = WORDS["before"] if turns else WORDS["together"] if len(things) > 1 else ("{0}",)
     body = choose(templates).format(*map(noun if turns else clause, things))
-    text = choose(BACKDROP_ENDS).format(body, choose(BACKDROPS).format(word(scene.background)))
+    text = choose(WORDS["backdrop_ends"]).format(body, choose(WORDS["backdrops"]).format(word(scene.background)))
     return " ".join(text.split()), replace(scene, things=tuple(things))
