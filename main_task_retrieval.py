@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             world = distributed.setup(options.run.device)
             prepare_output(options.run.output_dir, world)
             options = choose_precision(options, world)
-            flags = sorted(options.as_dict().items())
-            log.info("options:\n%s", "\n".join(f"  --{name} {value}" for name, value in flags))
+            log.info("options:\n%s", "\n".join(f"  --{name} {v}" for name, v in sorted(options.as_dict().items())))
             if options.of_source:
                 log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
             if options.unlike_source:
@@ -130,8 +129,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     size = f"{len(scored.captions)} captions x {len(scored.videos)} videos, {evaluation.seconds:.1f} s"
     log.info(f"{scored.dataset} {scored.name}, {size}\n{format_metrics(evaluation.metrics)}")
     if world.is_main:
-        read = [*weights.files(), source.path]
-        found = results(evaluation, options, model.clip, world, read, source.sidecar)
+        found = results(evaluation, options, model.clip, world, [*weights.files(), source.path], source.sidecar)
         found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
         found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
         write_results(found, evaluation, options)

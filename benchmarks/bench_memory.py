@@ -76,9 +76,8 @@ def main() -> None:
     medians = pd.DataFrame(runs).groupby("pieces").median()
     on_cuda = setup(options.device).device.type == "cuda"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{name}; torch {torch.__version__}; batch {options.batch} x {options.frames} frames, {options.rounds} rounds"
-    )
+    batch = f"batch {options.batch} x {options.frames} frames, {options.rounds} rounds"
+    print(f"{name}; torch {torch.__version__}; {batch}")
     print(medians.to_string(float_format="{:.3f}".format))
     one, many = (medians.loc[pieces] for pieces in sides)
     smaller, longer = one / many, many["seconds"] / one["seconds"]

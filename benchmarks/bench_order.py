@@ -2,8 +2,7 @@
 
 Both clips of a pair have the same frames, so a model that looks at frames without their order cannot tell which of the
 two a caption means: 50 %, a coin. Clips last SECONDS at 25, 29.97 or 30 frames per second and give the four frames
-at 0, 1/3, 2/3 and the end: the choice of frames is then its own mirror image. Were it not, the frames of a clip and of
-its reverse would differ a little and an order-blind head could learn that.
+at 0, 1/3, 2/3 and the end, which is its own mirror image: otherwise an order-blind head could tell the clips apart.
 
 First a small CLIP learns, with meanP, what clips show. From it every head starts, as heads do in practice, and gets the
 same steps on the pairs of the training split; a batch holds whole pairs, so that order is what is left to learn.
@@ -57,8 +56,7 @@ RUN = f"""--do_train --datatype msrvtt --output_dir {{output_dir}} --device cpu 
     --lr {{lr}} --coef_lr 1 --precision fp32 --pretrained_clip_name {{output_dir}}/data/clip/tiny_clip.pt"""
 FROM_CLIP = "--pretrained_clip_name {output_dir}/clip.pt --activation quick_gelu --epochs {epochs}"
 CLIP_BATCH = 64  # of the common CLIP's training
-# CLIP4Clip's heads start with the text tower's positions, which a small CLIP has 100 times smaller than its features:
-# no head would tell its frames apart within these steps.
+# CLIP4Clip's heads start with the text tower's positions: in a small CLIP 100 times too small to tell frames apart.
 POSITIONS_STD = 0.5
 POSITIONS = ("frame_position_embeddings.weight", "cross.embeddings.position_embeddings.weight")
 KINDS = ("moves", "changes", "take turns")
@@ -75,8 +73,7 @@ def pair_wins(similarity: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np
 
 
 def interval(wins: np.ndarray) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share of wins [P, 2], percent, with P and not 2 P trials: one side of a pair often
-    wins just because the other loses."""
+    """Wilson's 95 % interval of the share of wins [P, 2], percent, of P trials: the sides depend on each other."""
     z, trials, share = 1.96, len(wins), wins.mean()
     center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
@@ -180,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for head in args.heads:
         began = time.perf_counter()
         options = options_of(args, f"{FROM_CLIP} {HEADS[head]}")
-        model = trained(options, world, train, train_pairs, args.batch_pairs, head)
-        row = score(model, test, test_pairs, kinds)
+        row = score(trained(options, world, train, train_pairs, args.batch_pairs, head), test, test_pairs, kinds)
         rows.append({"head": head, **row, "s": f"{time.perf_counter() - began:.0f}"})
         lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
         print("", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n", flush=True)

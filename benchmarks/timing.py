@@ -11,8 +11,7 @@ import pandas as pd
 def race(title: str, contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 0) -> dict[str, Any]:
     """Print each contender's median time and the median over rounds of its time / that of "ours".
 
-    Such ratios leave out what slows a whole round. Within every round contenders run in random order; the first
-    `warm_up` rounds are not measured. Returns what each returned last.
+    In every round contenders run in random order; the first `warm_up` are not measured. Returns what each gave last.
     """
     generator, results = np.random.default_rng(0), {}
     seconds = pd.DataFrame(index=range(-warm_up, rounds), columns=list(contenders), dtype=float)

@@ -40,13 +40,10 @@ def fetch_clip(name: str, folder: Path, base_url: str = BASE_URL) -> Path:
 def fetch_file(url: str, sha256: str, target: Path) -> Path:
     """Make `target` the file at `url` with this SHA-256 and return it; nothing is downloaded if it already is.
 
-    A file with another SHA-256 is moved to `<target>.wrong`, never returned. Processes that share the folder take
-    turns. DownloadError when it cannot be done.
+    A file with another SHA-256 is moved to `<target>.wrong`. Processes take turns. DownloadError when it fails.
     """
-    by_hand = (
-        f"Without a connection, fetch {url} on another machine and put it into the folder {target.parent} "
-        f"(--cache_dir) under the name {target.name}."
-    )
+    place = f"the folder {target.parent} (--cache_dir) under the name {target.name}"
+    by_hand = f"Without a connection, fetch {url} on another machine and put it into {place}."
     try:
         if target.is_file() and file_sha256(target) == sha256:
             return target  # before anything is written: the folder may be read-only
@@ -69,14 +66,12 @@ def fetch_file(url: str, sha256: str, target: Path) -> Path:
                 socket.setdefaulttimeout(before)
             return target
     except RuntimeError as error:  # torch.hub's, for another SHA-256; it has removed what came
-        raise DownloadError(
-            f"{url} did not give the expected file: {error}. The connection was cut, or a proxy or a login page "
-            f"answered in the server's place: try again, or open the address in a browser. {by_hand}"
-        ) from error
+        cause = "The connection was cut, or a proxy or a login page answered in the server's place"
+        remedy = f"{cause}: try again, or open the address in a browser. {by_hand}"
+        raise DownloadError(f"{url} did not give the expected file: {error}. {remedy}") from error
     except TRANSFER_ERRORS as error:
         raise DownloadError(f"cannot download {url}: {str(error) or type(error).__name__}. {by_hand}") from error
     except OSError as error:
-        raise DownloadError(
-            f"cannot keep {target.name} in the weights folder {target.parent}: {error.strerror or error}. Give a "
-            "folder that you can write to and that has about 1 GB free: --cache_dir DIR"
-        ) from error
+        problem = f"cannot keep {target.name} in the weights folder {target.parent}: {error.strerror or error}"
+        remedy = "Give a folder that you can write to and that has about 1 GB free: --cache_dir DIR"
+        raise DownloadError(f"{problem}. {remedy}") from error

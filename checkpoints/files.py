@@ -55,8 +55,7 @@ def read_raw(path: Path) -> RawFile:
 
 def describe_wrong_file(path: Path) -> str:
     """What a file that is not readable as weights looks like, and what to do: one or two sentences."""
-    head = _head(path)
-    if not head:
+    if not (head := _head(path)):
         return "it is empty. A copy or a download was cut off: fetch it again."
     start = head.lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -108,8 +107,7 @@ class ScriptObject:
 class ArchiveUnpickler(pickle.Unpickler):
     """Reads data.pkl or constants.pkl of a TorchScript archive.
 
-    Every name in the pickle resolves to an entry of a short list made here, to a storage type or to the inert
-    ScriptObject; any other name raises before anything is called.
+    A name resolves to an entry of a short list made here or to the inert ScriptObject; any other raises, not called.
     """
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:

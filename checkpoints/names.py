@@ -76,14 +76,11 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     """The state dict inside what torch.save wrote. CheckpointError for optimizer states and for no tensors at all."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"it holds a {type(content).__name__} where named tensors are expected. {SAVE_WEIGHTS}")
-    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if inner is not None:
+    if (inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)) is not None:
         return unwrap(inner)
     if any(key in content for key in OPTIMIZER_KEYS):
-        raise CheckpointError(
-            "it holds the state of an optimizer (as CLIP4Clip's pytorch_opt.bin.N does), not weights. The weights are "
-            "in the pytorch_model.bin.N beside it."
-        )
+        what = "the state of an optimizer (as CLIP4Clip's pytorch_opt.bin.N does), not weights"
+        raise CheckpointError(f"it holds {what}. The weights are in the pytorch_model.bin.N beside it.")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors or any(isinstance(value, Mapping) for value in content.values()):
         keys = ", ".join(map(str, list(content)[:6])) or "none"
@@ -96,8 +93,7 @@ def unwrap(content: Any) -> dict[str, Tensor]:
 def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ()) -> NamedTensors:
     """Recognise the naming of a state dict and rename it.
 
-    encoders: classes of modules/encoders besides a plain CLIP that it may hold; their `own_parts` and `renamed` tell.
-    CheckpointError says what an unusable one looks like.
+    encoders: what it may hold besides a plain CLIP, told by `own_parts` and `renamed`. CheckpointError for the rest.
     """
     prefixed = any(key.startswith(CLIP_PREFIX) for key in tensors)
     towers, heads = split_towers(tensors) if prefixed else (tensors, {})
@@ -105,8 +101,9 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
         if any(key.startswith(starts) for key in towers):
             raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
     has_integers = towers.keys() >= OPENAI_INTEGERS
-    left_out = OPENAI_INTEGERS | NOT_WEIGHTS
-    towers = {key: value for key, value in towers.items() if key.rpartition(".")[2] not in left_out}
+    towers = {
+        key: value for key, value in towers.items() if key.rpartition(".")[2] not in OPENAI_INTEGERS | NOT_WEIGHTS
+    }
     naming = "openai"
     if any(key.startswith(("vision_model.", "text_model.")) for key in towers):
         naming, towers = "hugging_face", _from_hugging_face(towers)
@@ -119,15 +116,11 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
             break
     missing = [key for key in ALWAYS_PRESENT if key not in towers and renamed.get(key, key) not in towers]
     if len(missing) > len(ALWAYS_PRESENT) // 2:
-        raise CheckpointError(
-            f"it holds {len(tensors)} tensors of something other than a CLIP model (such as "
-            f"{', '.join(list(tensors)[:4])}). Give CLIP weights of OpenAI, open_clip, Hugging Face or CLIP4Clip."
-        )
+        what = f"{len(tensors)} tensors of something other than a CLIP model (such as {', '.join(list(tensors)[:4])})"
+        raise CheckpointError(f"it holds {what}. Give CLIP weights of OpenAI, open_clip, Hugging Face or CLIP4Clip.")
     if missing:
-        raise CheckpointError(
-            f"it is a CLIP model without {', '.join(missing)}: a part of one, or another variant. A whole CLIP with "
-            "image and text tower is needed."
-        )
+        what = f"a CLIP model without {', '.join(missing)}: a part of one, or another variant"
+        raise CheckpointError(f"it is {what}. A whole CLIP with image and text tower is needed.")
     if not prefixed:
         # Whatever is neither a known tower's nor OpenAI's stands as it is: strict loading names it.
         own = tuple(part for known in encoders for part in (*known.own_parts, *known.renamed.values()))
@@ -183,8 +176,6 @@ def merge(
     different += [f"clip.{key} only in the file of --pretrained_path" for key in ours if key not in theirs]
     different += [f"clip.{key} only in the CLIP" for key in theirs if key not in ours]
     if different:
-        raise CheckpointError(
-            f"--mergeclip needs a CLIP of the same size as the file of --pretrained_path; {len(different)} tensors "
-            f"differ: {', '.join(different[:4])}"
-        )
+        found = f"{len(different)} tensors differ: {', '.join(different[:4])}"
+        raise CheckpointError(f"--mergeclip needs a CLIP of the same size as the file of --pretrained_path; {found}")
     return {**upstream, **{key: weight * theirs[key] + (1 - weight) * value for key, value in ours.items()}}

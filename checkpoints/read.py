@@ -57,17 +57,20 @@ def read_checkpoint(path: str | Path, encoders: Sequence[Any] = ()) -> Checkpoin
     path = weight_file(path)
     raw = read_raw(path)
     if isinstance(raw.content, Mapping) and {"optimizer", "progress", "options"} <= raw.content.keys():
-        raise CheckpointError(
-            f"{path} is the state of a training run: give it as --resume_model, or for weights the "
-            "pytorch_model.bin beside it"
-        )
+        remedy = "give it as --resume_model, or for weights the pytorch_model.bin beside it"
+        raise CheckpointError(f"{path} is the state of a training run: {remedy}")
     try:
         named = canonical_names(unwrap(raw.content), encoders)
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     sidecar = read_sidecar(path)
     activation, reason = _activation(path, raw, named, sidecar)
-    return Checkpoint(path, named.tensors, _kind(raw, named), activation, reason, sidecar, named.encoder)
+    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}"
+    if raw.container == "torchscript":
+        kind = "TorchScript archive of a CLIP, as OpenAI releases them"
+    if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):
+        kind += f", {n_heads} tensors of heads"
+    return Checkpoint(path, named.tensors, kind, activation, reason, sidecar, named.encoder)
 
 
 def read_sidecar(path: str | Path) -> dict | None:
@@ -145,10 +148,8 @@ def weight_file(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"the folder {path} holds none of {', '.join(FOLDER_FILES)}. Name the weight file itself; "
-        f"the folder holds: {found}"
-    )
+    remedy = f"Name the weight file itself; the folder holds: {found}"
+    raise CheckpointError(f"the folder {path} holds none of {', '.join(FOLDER_FILES)}. {remedy}")
 
 
 def _activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict | None) -> tuple[str | None, str]:
@@ -210,11 +211,3 @@ def _activation_in_config(config: dict, path: Path) -> tuple[str, str]:
         shown = " and ".join(sorted(map(str, found)))
         raise CheckpointError(f"{path}: {key} is {shown}; built here is quick_gelu in both towers or gelu in both")
     return found.pop(), f"{key} in {path.name}"
-
-
-def _kind(raw: RawFile, named: NamedTensors) -> str:
-    n_heads = sum(not key.startswith(CLIP_PREFIX) for key in named.tensors)
-    extra = f", {n_heads} tensors of heads" if n_heads else ""
-    if raw.container == "torchscript":
-        return f"TorchScript archive of a CLIP, as OpenAI releases them{extra}"
-    return f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}{extra}"

@@ -1,7 +1,5 @@
 """From options and weight files to a model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -33,7 +31,7 @@ class Weights:
 
     flag: str
     path: Path
-    clip: Weights | None = None
+    clip: "Weights | None" = None
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
@@ -51,8 +49,7 @@ class Weights:
 def find_weights(options: Options, download: bool = True) -> Weights:
     """The file that decides: of --finetuned_path, --init_model, the encoder's own, else --pretrained_clip_name.
 
-    Raises CheckpointError for a file that is not there. download: fetch a CLIP by name that is not in --cache_dir;
-    else its path is given as it will be.
+    Raises CheckpointError where there is none. download: fetch a CLIP that --cache_dir lacks, not only name it.
     """
     model, encoder, own = options.model, ENCODERS[options.model.encoder], options.own["encoder"]
     own_weights, merging = encoder.own_weights(own), encoder.merge_weight(own) is not None
@@ -78,8 +75,7 @@ def find_clip(options: Options, download: bool) -> Weights:
 
 def existing(flag: str, path: Path, hint: str = "") -> Path:
     """The file itself: of a folder, the weights under their usual name."""
-    path = path.expanduser()
-    if not path.exists():
+    if not (path := path.expanduser()).exists():
         raise CheckpointError(f"--{flag} {path}: no such file{hint}")
     return weight_file(path)
 
@@ -125,8 +121,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
 
 def check_numbers(model: VideoTextModel, tensors: Mapping[str, Tensor], options: Options, path: Path) -> None:
     """Raises CheckpointError for weights that are no numbers, ValueError for longer clips than the head can take."""
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinity, such as {min(broken)}; give others")
     clip = torch.zeros(1, options.data.max_frames, model.clip.head_sizes.embed_dim)
     with torch.no_grad():
@@ -157,8 +152,7 @@ def build_encoder(
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
         raise CheckpointError(f"{path} holds no clip.{min(start)}: it was not trained with {' '.join(asked)}")
     derived = encoder.start_values(towers) if start else {}
-    new = [name for name in start if name not in derived]
-    if new:
+    if new := [name for name in start if name not in derived]:
         names = ", ".join(f"clip.{name}" for name in new)
         log.warning("%s is not trained with %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
     return encoder, towers | start | derived, new
@@ -188,8 +182,7 @@ def choose_activation(wanted: str, checkpoint: Checkpoint) -> str:
 def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     """The head of --sim_header; with --interaction its frames meet the text tokens.
 
-    Options that weights do not show come from the command line, else from the sidecar. Raises ValueError where a file
-    from elsewhere holds the head and nobody says.
+    Options that weights do not show come from the command line, else from the sidecar; ValueError where nobody says.
     """
     head, interaction, own = HEADS[options.model.sim_header], options.model.interaction, options.own["sim_header"]
     stored = sidecar.get("head_options", {})
@@ -209,8 +202,7 @@ def tensors_of_head(
     """The tensors of head and loss: of `rest`, which the file holds beside the encoder's, else their start values.
 
     A part, by its prefix, of which the file has something stays as it is there: strict loading names what is missing.
-    Raises CheckpointError, with the option to give, for parts of which the model has none, and for missing ones that
-    are not to be trained.
+    Raises CheckpointError, with the option to give, for parts the model lacks, and for missing ones not to be trained.
     """
     head, loss, chosen, kinds = model.head, model.criterion, options.model, (HEADS, INTERACTIONS, LOSSES)
     kept = {key: value for key, value in rest.items() if not key.startswith(head.ignored_prefixes)}
@@ -218,8 +210,7 @@ def tensors_of_head(
         left_out = "*, ".join(head.ignored_prefixes)
         log.warning("%d tensors of %s* have no use in this model and are left out", len(rest) - len(kept), left_out)
     parts = (*head.checkpoint_prefixes, *loss.checkpoint_prefixes)
-    foreign = [key for key in kept if not key.startswith(parts)]
-    if foreign:
+    if foreign := [key for key in kept if not key.startswith(parts)]:
         known = ((kind, name, plugin.checkpoint_prefixes) for kind in kinds for name, plugin in kind.items())
         fitting = ((kind, name) for kind, name, own in known if all(key.startswith(own) for key in foreign))
         kind, name = next(fitting, (HEADS, ""))

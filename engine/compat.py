@@ -38,15 +38,8 @@ class Compat:
 
 # Of CLIP4Clip's parser, which the other projects took over; without those that change no number (batch_size_val,
 # n_display, num_thread_reader), and --loose_type: without it they take --sim_header tightTransf by name only.
-PARSER = {
-    "max_words": 20,
-    "max_frames": 100,
-    "slice_framepos": 0,
-    "coef_lr": 1.0,
-    "batch_size": 256,
-    "epochs": 20,
-    "select_on": "test",
-}
+PARSER: dict[str, Any] = {"max_words": 20, "max_frames": 100, "slice_framepos": 0}
+PARSER |= {"coef_lr": 1.0, "batch_size": 256, "epochs": 20, "select_on": "test"}
 # What the sources have in common. DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
 SOURCE = Compat(defaults=PARSER | {"didemo_clip_seconds": 31.0}, decays_all=True, new_parts_at_lr=False)
 
@@ -54,8 +47,7 @@ COMPAT = {
     "none": Compat(),
     # Its OpenCV reader takes frames by whole seconds on every dataset.
     "clip4clip": replace(SOURCE, defaults=SOURCE.defaults | {"frame_rule": "second"}, precision={"clip": "half"}),
-    # It leaves frames as they are before their mean, lets padding win a maximum with its score of 0, and its video
-    # tower reads padding like frames.
+    # It takes the mean of frames as they are, lets padding win a maximum with 0, and its video tower reads padding.
     "internvideo": replace(
         SOURCE,
         conventions=Conventions(normalize_frames=False, mask_padding=False, read_padding=True),
@@ -63,8 +55,7 @@ COMPAT = {
         same_dsl_axis=True,
         precision={"clip": "half", "internvideo": "fp32"},
     ),
-    # Padding as in InternVideo, whose token-wise code is DRL's; its cross encoder (xti) has 8 attention heads, whatever
-    # its width.
+    # Padding as in InternVideo, whose token-wise code is DRL's; its cross encoder (xti) always has 8 attention heads.
     "drl": replace(
         SOURCE, conventions=Conventions(mask_padding=False, cross_heads=8), scales_cosines=False, scales_tokens=False
     ),

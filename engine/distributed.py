@@ -43,14 +43,12 @@ class Place:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    meeting_point: Mapping[str, str] = field(default_factory=dict)  # MASTER_ADDR and MASTER_PORT under SLURM
-    one_device_each: bool = False  # SLURM may show each task its own GPU only
+    meeting_point: Mapping[str, str] = field(default_factory=dict)  # MASTER_ADDR and MASTER_PORT, under SLURM only
 
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: ``gpu[003-005,9],login1`` -> ``gpu003``. Raises ValueError."""
-    first = re.match(r"(?:[^,\[\]\s]|\[[^\[\]]+\])+", nodelist)
-    if not first:
+    if not (first := re.match(r"(?:[^,\[\]\s]|\[[^\[\]]+\])+", nodelist)):
         raise ValueError(f"SLURM_JOB_NODELIST {nodelist!r} is not a list of hosts; set MASTER_ADDR to rank 0's host")
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first.group())
 
@@ -71,7 +69,7 @@ def read_place(env: Mapping[str, str]) -> Place:
     meeting_point = {"MASTER_PORT": str(15000 + (job + 7919 * step) % 15000)}
     if "MASTER_ADDR" not in env:
         meeting_point["MASTER_ADDR"] = first_host(nodes)
-    return Place(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), meeting_point, True)
+    return Place(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), meeting_point)
 
 
 def choose_device(name: str, place: Place) -> torch.device:
@@ -81,7 +79,7 @@ def choose_device(name: str, place: Place) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is visible to torch; use --device cpu or --device auto")
     count = torch.cuda.device_count()
-    index = 0 if count == 1 and place.one_device_each else place.local_rank
+    index = 0 if count == 1 and place.meeting_point else place.local_rank  # SLURM may show a task its own GPU only
     if index >= count:
         problem = f"--device {name}: local rank {index} but {count} CUDA devices"
         raise ValueError(f"{problem}; start at most {count} processes on this host, or use --device cpu")
@@ -121,8 +119,7 @@ def same_kind_of_device(name: str, place: Place, store: dist.Store) -> torch.dev
         store.set(f"device of rank {place.rank}", chosen.type if chosen else "none")
     kinds = [store.get(f"device of rank {rank}").decode() for rank in range(place.size)]
     most = max(("cuda", "cpu"), key=kinds.count)
-    odd = [f"rank {rank}: {kind}" for rank, kind in enumerate(kinds) if kind != most]
-    if odd:
+    if odd := [f"rank {rank}: {kind}" for rank, kind in enumerate(kinds) if kind != most]:
         problem = f"the ranks must have the same kind of device; most have {most}, but {', '.join(odd)}"
         raise ValueError(f"--device {name}: {problem}. Check the driver on the hosts of those, or use --device cpu")
     return chosen
@@ -175,8 +172,7 @@ def gather_rows(x: Representation, counts: Sequence[int]) -> Representation:
     counts: every rank's n, known from :func:`agree`; the other sizes are the same on all ranks. Floating tensors become
     float32 on the way, as their gradients are summed over the ranks. Differentiable, and exact under
     DistributedDataParallel: every rank computes the same whole-batch loss from the result, the backward pass sums the
-    ranks' gradients into the local rows, and DDP's division by the number of ranks makes of it the gradient that one
-    process would compute on the whole batch.
+    ranks' gradients into the local rows, and DDP divides by the number of ranks: the gradient of one process.
     """
 
     def gather(part: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ class DataError(ValueError):
 class Evaluation:
     """Similarities float32 [N, V] of what was scored, the split as scored, and the metrics by post-processing.
 
-    `scale` is the factor in the similarities; `same_dsl_axis` says how DSL went; `bank` [B, V] are the similarities of
-    QB-Norm's query bank, if there is one.
+    `scale` is the factor in the similarities, `same_dsl_axis` says how DSL went, `bank` [B, V] is QB-Norm's, if any.
     """
 
     similarity: Tensor
@@ -69,8 +68,7 @@ def encode_videos(
             with autocast(world.device, options.run.precision):
                 rows.append(as_float32(model.encode_video(frames, mask)))
             index.append(batch.index)
-    failures = sorted(failure for part in gather_objects(unread) for failure in part)
-    if failures:
+    if failures := sorted(failure for part in gather_objects(unread) for failure in part):
         first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
         if len(failures) == len(split.videos):
             raise DataError(f"none of the {len(failures)} videos can be read{first}\nGive another --features_path")
@@ -99,8 +97,7 @@ def score(model: VideoTextModel, text: Representation, video: Representation, wo
     if world.size == 1 or model.head.separable:
         return model.similarity(text, video, memory_mb, show)
     bounds = [count(text) * rank // world.size for rank in range(world.size + 1)]
-    mine = slice(*bounds[world.rank : world.rank + 2])
-    part = model.similarity(take(text, mine), video, memory_mb, show)
+    part = model.similarity(take(text, slice(*bounds[world.rank : world.rank + 2])), video, memory_mb, show)
     return gather_rows(part, [end - start for start, end in zip(bounds, bounds[1:])])
 
 

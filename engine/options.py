@@ -22,6 +22,7 @@ from plugins import NoOptions, Registry, above, add_flags, at_least, flag, from_
 OF_OLD_COMMANDS = {"loose_type", "expand_msrvtt_sentences", "slice_framepos"}  # flags by which CLIP4Clip's are known
 AUTO = Path("auto")  # --resume_model auto
 PYAV = "pyav (opencv gave memory rubbish for interlaced video with OpenCV 5; PyAV gives the same frames)"
+SHARE = ("in [0, 1), or -1 for none", lambda value: value == -1 or 0 <= value < 1)
 REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
 
 # Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
@@ -47,18 +48,14 @@ class DataOptions:
     max_frames: int = flag(12, "frames per clip at most", must_be=at_least(1))
     feature_framerate: int = flag(1, "frames taken per second before thinning to --max_frames", must_be=at_least(1))
     frame_rule: str = flag(
-        "auto",
-        f"which frames are taken: {', '.join(RULES)}; auto: the rule of the dataset's published numbers (second for "
-        "msvd, activity and --compat clip4clip, else stride)",
+        "auto", f"which frames: {', '.join(RULES)}; auto: second for msvd, activity and --compat clip4clip, else stride"
     )
     train_frame_order: int = flag(0, "of frames in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     eval_frame_order: int = flag(0, "of frames in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
     num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
-    allow_missing: bool = flag(
-        False, "go on with unexpected counts and without missing or unreadable videos; results.json records it"
-    )
-    allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; results.json records it")
+    allow_missing: bool = flag(False, "go on with other counts, and without missing or unreadable videos; recorded")
+    allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results.json")
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,7 @@ class ModelOptions:
     )
     loss: str = flag("contrastive", f"loss of a batch of pairs: {', '.join(LOSSES)}")
     zeroshot: bool = flag(False, "refuse --finetuned_path, so that only pre-trained weights can be evaluated")
-    compat: str = flag(
-        "none", "compute as a source project does, right or not, to repeat its numbers", choices=tuple(COMPAT)
-    )
+    compat: str = flag("none", "compute as a source project does, to repeat its numbers", choices=tuple(COMPAT))
 
 
 @dataclass(frozen=True)
@@ -95,19 +90,11 @@ class TrainOptions:
     coef_lr: float = flag(
         1e-3, "the encoder learns at lr * coef_lr, parts of it in no file at lr (unless --compat)", must_be=at_least(0)
     )
-    warmup_proportion: float = flag(
-        0.1,
-        "share of the steps in which the learning rate rises to its full value; -1: none",
-        must_be=("in [0, 1), or -1 for none", lambda v: v == -1 or 0 <= v < 1),
-    )
+    warmup_proportion: float = flag(0.1, "share of the steps in which the rate rises to full; -1: none", must_be=SHARE)
     weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
-    freeze_layer_num: int = flag(
-        0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower", must_be=at_least(-1)
-    )
+    freeze_layer_num: int = flag(0, "-1 trains all; n freezes embeddings and n blocks of a tower", must_be=at_least(-1))
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
-    gradient_accumulation_steps: int = flag(
-        1, "pieces in which a batch is encoded, to save memory; the gradient stays that of all", must_be=at_least(1)
-    )
+    gradient_accumulation_steps: int = flag(1, "pieces a batch is encoded in, to save memory", must_be=at_least(1))
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
     n_display: int = flag(50, "steps between log lines", must_be=at_least(1))

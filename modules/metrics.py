@@ -17,8 +17,7 @@ ArrayLike = np.ndarray | Tensor
 AlsoCorrect = tuple[Mapping[int, Sequence[int]], Mapping[int, Sequence[int]]]
 NOTHING: AlsoCorrect = ({}, {})
 QB_BETA = 20.0  # inverse temperature for cosines, as in the paper
-# What each row of the table looks at besides the query and the gallery. A transductive one needs the other test queries
-# and is not comparable with methods that answer one query at a time.
+# What each row looks at besides query and gallery. Transductive ones do not compare with those that see one query only.
 LOOKS_AT = {
     "raw": "nothing else",
     "dsl": "all other test queries (transductive)",
@@ -45,8 +44,7 @@ def retrieval_ranks(
         raise ValueError(f"caption_to_video must lie in 0..{n_videos - 1}")
     if (torch.bincount(owner, minlength=n_videos) == 0).any():
         raise ValueError("every video needs at least one caption")
-    nan = torch.isnan(sim)
-    if nan.any():
+    if (nan := torch.isnan(sim)).any():
         caption, video = nan.nonzero()[0].tolist()
         raise ValueError(f"similarity holds {int(nan.sum())} NaN, the first at caption {caption}, video {video}")
     groups = torch.full((n_videos, n_videos), float("-inf"), dtype=sim.dtype)
@@ -57,8 +55,7 @@ def retrieval_ranks(
 def _ranks(scores: Tensor, correct: Tensor, also: Mapping[int, Sequence[int]]) -> Tensor:
     """Ranks [Q] of the queries in the rows of `scores` [Q, C], whose correct candidates are `correct` [Q].
 
-    also: query -> further candidates that count as correct; the query's rank is then that of its best one, among the
-    candidates that are wrong.
+    also: query -> further correct candidates; its rank is then that of its best one among the wrong candidates.
     """
     blocks = zip(scores.split(BLOCK), correct[:, None].split(BLOCK))
     ranks = torch.cat([(rows >= rows.gather(1, own)).sum(dim=1) - 1 for rows, own in blocks])
@@ -129,10 +126,9 @@ def retrieval_metrics(
 ) -> Metrics:
     """``{"raw": {"t2v", "v2t"}, "dsl": …, "qb_norm": {"t2v"}, "duplicate_aware": …}`` of :func:`summarize`.
 
-    similarity [N, V] and `bank` [B, V], without which there is no "qb_norm", include the logit scale; `scale` says how
-    much, as QB-Norm's temperature is one for cosines. DSL normalises over the captions for t2v and over the videos for
-    v2t; with `same_dsl_axis` (InternVideo's code on multi-caption sets) over the captions for both. "duplicate_aware",
-    where `captions` have such: :func:`duplicates` count as correct.
+    similarity [N, V] and `bank` [B, V], for "qb_norm", include the logit scale; `scale` says how much, as QB-Norm's
+    temperature is one for cosines. DSL normalises over captions for t2v and over videos for v2t; with `same_dsl_axis`
+    (InternVideo on multi-caption sets) over captions for both. "duplicate_aware": :func:`duplicates` count as correct.
     """
 
     def both(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict:

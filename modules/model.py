@@ -93,8 +93,7 @@ class VideoTextModel(nn.Module):
     ) -> Tensor:
         """Loss of a batch of pairs, a scalar.
 
-        generator (CPU): for losses that draw; it must be in the same state on every rank. gather: makes of this
-        rank's items those of all ranks, for the loss over the batches of all.
+        generator (CPU): for losses that draw, in the same state on every rank. gather: this rank's items -> all ranks'.
         """
         text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask)
         return self.loss(gather(text), gather(video), generator)

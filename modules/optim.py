@@ -27,8 +27,7 @@ class BertAdam(torch.optim.Optimizer):
 
     update = m / (sqrt(v) + eps) + weight_decay * p;  p -= lr * schedule(step / t_total) * update
 
-    `t_total` -1 keeps the rate constant; `max_grad_norm` -1 turns the per-tensor clipping off. A parameter without a
-    gradient is left alone.
+    `t_total` -1 keeps the rate constant, `max_grad_norm` -1 does not clip. What has no gradient is left alone.
     """
 
     schedule = staticmethod(warmup_cosine)  # (progress, warm-up) -> factor
@@ -101,8 +100,7 @@ class BertAdam(torch.optim.Optimizer):
             self.state[p]["step"] += 1
 
 
-# Less the guard against torch.compile, which nobody puts on an optimiser: its first call imports all of torch._dynamo,
-# and that takes longer than importing torch.
+# Less the guard against torch.compile of optimisers, whose first call imports torch._dynamo: that takes seconds.
 for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     setattr(BertAdam, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
 
@@ -128,8 +126,7 @@ def parameter_groups(
 
     named: parameters under their names in checkpoints; frozen ones are left out. Weight matrices and convolutions
     decay; with `decays_all`, as in the source projects, LayerNorm weights, embeddings, positional tables and the logit
-    scale as well. new: names under ``clip.`` that count as the rest, because they start from nothing. Each group has
-    ``params``, ``names``, ``lr`` and ``weight_decay``.
+    scale too. new: names under ``clip.`` that count as the rest. Groups hold params, names, lr and weight_decay.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for decay, clip in product((True, False), repeat=2):
@@ -154,8 +151,7 @@ def freeze(encoder: Encoder, num_layers: int) -> list[str]:
         raise ValueError(f"--freeze_layer_num must be in -1..{encoder.blocks} for this CLIP, got {num_layers}")
     frozen = []
     for name, parameter in encoder.named_parameters():
-        depth = encoder.depth(name)
-        if depth is not None and depth <= num_layers:
+        if (depth := encoder.depth(name)) is not None and depth <= num_layers:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

@@ -39,8 +39,7 @@ def as_float32(x: Representation) -> Representation:
 
 def pad_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` with zeros after its entries up to `shape`."""
-    missing = [want - have for want, have in zip(shape, x.shape)]
-    if not any(missing):
+    if not any(missing := [want - have for want, have in zip(shape, x.shape)]):
         return x
     return F.pad(x, [n for extra in reversed(missing) for n in (0, extra)])
 

@@ -1,7 +1,6 @@
 """CLIP's byte-pair tokenizer: captions -> token ids and mask.
 
-Method: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) on UTF-8 bytes, with the merge table of OpenAI's CLIP
-(bpe_simple_vocab_16e6.txt.gz, see the NOTICE beside it).
+Method: Sennrich et al. 2016 (arXiv 1508.07909) on UTF-8 bytes, with OpenAI's merge table (see the NOTICE beside it).
 """
 
 import gzip

@@ -1,7 +1,6 @@
 """The transformer blocks of CLIP, of which encoders and heads are made.
 
-Batch first, attention through ``scaled_dot_product_attention``. Parameters carry the names of OpenAI's release
-(``resblocks.0.attn.in_proj_weight`` ...).
+Batch first, attention through ``scaled_dot_product_attention``, parameters under the names of OpenAI's release.
 """
 
 from collections import OrderedDict

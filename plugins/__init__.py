@@ -2,8 +2,7 @@
 
 Encoders, heads, losses, frame rules and datasets are chosen by name on the command line. Each kind has a
 :class:`Registry`; a file in the folder of its kind adds itself with ``@register("name")`` and is found by its presence.
-Its flags are the fields of a frozen dataclass ``Options``, declared with :func:`flag`. This package imports nothing of
-the project, so every part of it may be built on it.
+Its flags are the fields of a frozen dataclass ``Options``, declared with :func:`flag`. This imports no other part.
 """
 
 import argparse
@@ -48,8 +47,7 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag; a bool default makes a switch.
 
-    type: from text to value, needed where the default is None. must_be: the range of values, see :func:`at_least`.
-    more: kept in the field's metadata for whoever declares the flag.
+    type: text to value, needed where the default is None. must_be: see :func:`at_least`. more: stays in the metadata.
     """
     if type is None:
         type = parse_bool if isinstance(default, bool) else default.__class__

@@ -155,7 +155,7 @@ def test_towers_compile_without_a_break(tower):
 def test_internvideos_tower_compiles_without_a_break():
     model = tiny_model("meanP", "no", "evl")
     _, _, frames, frame_mask = batch()
-    arguments = (frames[frame_mask], Slots.of(frame_mask))
+    arguments = (frames[frame_mask], Slots(frame_mask))
     torch._dynamo.reset()
     with torch.no_grad():
         got = torch.compile(model.clip.visual, backend="eager", fullgraph=True)(*arguments)

@@ -71,7 +71,7 @@ def test_places():
         "SLURM_JOB_NODELIST": "gpu[03-04]",
         "SLURM_JOB_ID": "1234567",
     }
-    assert read_place(slurm) == Place(5, 8, 1, {"MASTER_ADDR": "gpu03", "MASTER_PORT": "19567"}, True)
+    assert read_place(slurm) == Place(5, 8, 1, {"MASTER_ADDR": "gpu03", "MASTER_PORT": "19567"})
     assert read_place(slurm | torchrun) == Place(3, 4, 1)  # torchrun started by srun
     assert "MASTER_ADDR" not in read_place(slurm | {"MASTER_ADDR": "other"}).meeting_point
     assert read_place(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) == Place()  # srun -n 1 within a larger job
@@ -83,7 +83,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    assert choose_device("auto", Place(1, 2, 1, {}, one_device_each=True)) == torch.device("cuda", 0)
+    assert choose_device("auto", Place(1, 2, 1, {"MASTER_PORT": "19567"})) == torch.device("cuda", 0)
     with pytest.raises(ValueError, match="--device auto: local rank 1 but 1 CUDA devices; start at most 1 processes"):
         choose_device("auto", Place(1, 2, 1))
 

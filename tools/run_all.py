@@ -1,8 +1,7 @@
 """Zero-shot with InternVideo's tower on every dataset that is there, then one table.
 
-A dataset is there when --data_root holds a folder of its --datatype name. Further flags go to every evaluation, which
-checks its data before it measures. A dataset that fails does not stop the others; a second call takes up those whose
-results are there from the same weights and flags, and runs the rest.
+A dataset is there when --data_root holds a folder of its --datatype name. Further flags go to every evaluation. A
+dataset that fails stops no other; a second call takes up results from the same weights and flags, and runs the rest.
 """
 
 import argparse
@@ -40,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_root", type=Path, default=Path("runs/run_all"), help="a folder for each dataset")
     asked, flags = parser.parse_known_args(argv)
     weights, root, out = (p.absolute() for p in (asked.weights, asked.data_root, asked.output_root))
-    present = [datatype for datatype in DATATYPES if (root / datatype).is_dir()]
-    if not present:
+    if not (present := [datatype for datatype in DATATYPES if (root / datatype).is_dir()]):
         parser.error(f"--data_root {root} holds none of the folders {', '.join(DATATYPES)}")
     failed = []
     for datatype in present:
@@ -55,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         environment.pop("VIDEO_PATH", None)  # each dataset has videos of its own
         if subprocess.run(["bash", str(script), *flags], env=environment).returncode:
             failed.append(datatype)
-    measured = [read_run(out / datatype) for datatype in present if datatype not in failed]
-    if measured:
+    if measured := [read_run(out / datatype) for datatype in present if datatype not in failed]:
         print(as_markdown(table(measured)))
     for datatype in failed:
         print(f"error: {datatype} failed; what it said is above and in {out / datatype}/log.txt", file=sys.stderr)

@@ -57,8 +57,7 @@ RIGHT = Conventions()
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
-    A model keeps its encoder as ``clip``, so parameters stand in checkpoints as ``clip.`` + their names here, which
-    should be OpenAI's where the parameter is CLIP's.
+    Its parameters stand in checkpoints as ``clip.`` + their names here, OpenAI's where the parameter is CLIP's.
     """
 
     Options: type = NoOptions
@@ -66,7 +65,7 @@ class Encoder(nn.Module):
     title = "encoder"  # in messages
     chosen_by: str  # the flag that chooses it, in messages
     name = ""  # under which it is registered
-    has_half = False  # whether there is a :meth:`to_half`
+    has_half = False  # whether `to_half()` puts into float16 what the source project keeps in it (--precision half)
     trained_with: str | None = None  # the activation of all files of this encoder's own, where there is but one
     spec_options: tuple[str, ...] = ()  # the options that decide what is built
     # How names of parameters begin that only this encoder has: a file with such names is one of this encoder's, and a
@@ -146,8 +145,7 @@ class Encoder(nn.Module):
         side = self.image.size
         if frames.shape[-2:] != (side, side):
             raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(frames.shape[-2:])}")
-        empty = (~frame_mask.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
+        if empty := (~frame_mask.any(dim=1)).nonzero().flatten().tolist():
             raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,8 +155,7 @@ class Encoder(nn.Module):
     def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """frames uint8 or float [V, T, 3, S, S], mask bool [V, T] -> frames [V, T', D] and the whole clips [V, D].
 
-        Not unit length; zeros at padding. An encoder without a feature of the whole clip gives None for it. T' may
-        exceed T where ``conventions.read_padding`` adds frames.
+        Not unit length; zeros at padding. None: no feature of whole clips. T' > T where ``read_padding`` adds frames.
         """
         raise NotImplementedError
 
@@ -174,13 +171,8 @@ class Encoder(nn.Module):
         """Blocks of the deepest tower."""
         raise NotImplementedError
 
-    def to_half(self) -> None:
-        """Put into float16 what the source project keeps in it, for ``--precision half``; see `has_half`."""
-        raise NotImplementedError
-
     def without_gradient(self, reads_tokens: bool, reads_whole: bool) -> tuple[str, ...]:
-        """How names of parameters begin that get no gradient when a head reads tokens (else the pooled text) and the
-        whole clip (else its frames)."""
+        """Prefixes of parameters without gradient where a head reads tokens (else texts), whole clips (else frames)."""
         return ()
 
 

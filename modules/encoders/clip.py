@@ -1,7 +1,6 @@
 """CLIP (Radford et al., arXiv 2103.00020): a ViT for images and a causal transformer for text.
 
-Parameters carry the names of OpenAI's release (``visual.transformer.resblocks.0.attn.in_proj_weight`` ...), so a
-released state dict loads as it stands.
+Parameters carry the names of OpenAI's release, so a released state dict loads as it stands.
 """
 
 import math
@@ -70,8 +69,7 @@ class ImageTower(nn.Module):
         With `temporal_patch` clips [V, T, 3, S, S], zeros at padding as beyond the ends -> [V, T, P, width].
         """
         if self.temporal_patch:
-            frames = frames.transpose(1, 2).to(self.conv2.weight.dtype)
-            return self.conv2(frames).flatten(3).permute(0, 2, 3, 1)
+            return self.conv2(frames.transpose(1, 2).to(self.conv2.weight.dtype)).flatten(3).permute(0, 2, 3, 1)
         return self.conv1(frames.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
 
     def attend(self, patches: Tensor) -> Tensor:

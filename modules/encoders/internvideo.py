@@ -2,8 +2,7 @@
 
 After each of the last blocks a depth-wise 3x3x3 position convolution is added to the patch tokens, and by
 cross-attention one temporal class token reads every token of the clip (EVL, arXiv 2208.03550; UniFormerV2,
-arXiv 2211.09552; InternVideo, arXiv 2212.03191). Parameters carry InternVideo's names, so its state dicts load as they
-stand.
+arXiv 2211.09552; InternVideo, arXiv 2212.03191). Parameters carry InternVideo's names, so its files load.
 """
 
 import re
@@ -34,17 +33,12 @@ class VideoClipSizes(ClipSizes):
     read_after: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Slots:
-    """Where R packed frames stand among the V * T slots of a batch of clips."""
+    """Where R packed frames stand among the V * T slots of a batch of clips: where `keep`, bool [V, T], is True."""
 
-    keep: Tensor  # bool [V, T], True where a slot holds a frame
-    places: Tensor | None  # int64 [R], their numbers, or None if all do
-
-    @classmethod
-    def of(cls, keep: Tensor) -> "Slots":
+    def __init__(self, keep: Tensor) -> None:
         places = keep.flatten().nonzero().squeeze(1)
-        return cls(keep, None if len(places) == keep.numel() else places)
+        self.keep, self.places = keep, None if len(places) == keep.numel() else places  # int64 [R], None if all
 
     def fill(self, rows: Tensor) -> Tensor:
         """rows [R, ...] -> [V, T, ...], zeros in empty slots."""
@@ -142,22 +136,17 @@ class VideoCLIP(CLIP):
 
     @dataclass(frozen=True)
     class Options:
-        clip_evl: bool = flag(
-            False, "InternVideo's video tower instead of CLIP's image tower; chooses this encoder", chooses=True
-        )
+        clip_evl: bool = flag(False, "InternVideo's video tower instead of CLIP's image tower", chooses=True)
         pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
         mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
-        mergeweight: float = flag(
-            0.5, "weight of the CLIP in that average, the rest is the file's", must_be=within(0, 1), tolerated=True
-        )
+        mergeweight: float = flag(0.5, "share of the CLIP in that average", must_be=within(0, 1), tolerated=True)
 
     title, family = "InternVideo's video tower", "InternVideo"
     has_half, trained_with = False, "quick_gelu"
     projects_tokens = False  # InternVideo's token-wise interaction compares them so, where widths are equal
     spec_options: tuple[str, ...] = ()
     own_parts = (*(f"visual.transformer.{part}" for part in ("temporal_cls_token", "balance", "dpe.", "dec.")), UNUSED)
-    # InternVideo merges by name, and CLIP has these under others: it leaves them out, so its published models have
-    # those of its own file. Merging them as well would give other numbers.
+    # InternVideo merges by name, and CLIP has these under others: its published models keep those of its own file.
     renamed = {
         "visual.proj": "visual_proj",
         "visual.ln_post.weight": "visual_ln_post.weight",
@@ -215,13 +204,13 @@ class VideoCLIP(CLIP):
             missing = max(self.conventions.source_frames - frames.shape[1], 0)
             read = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
             read = torch.cat([read, read.new_zeros(len(read), missing, *read.shape[2:])], dim=1)
-            slots = packed = Slots(torch.ones(read.shape[:2], dtype=torch.bool, device=read.device), None)
+            slots = packed = Slots(torch.ones(read.shape[:2], dtype=torch.bool, device=read.device))
             read = read.flatten(0, 1)
         else:
             lengths = frame_mask.sum(dim=1, keepdim=True)
             # Packed to the front: to the convolution over time a frame's neighbours are its clip's other real frames.
-            packed = Slots.of(torch.arange(frames.shape[1], device=lengths.device) < lengths)
-            slots, read = Slots.of(frame_mask), self.normalize(frames[frame_mask])
+            packed = Slots(torch.arange(frames.shape[1], device=lengths.device) < lengths)
+            slots, read = Slots(frame_mask), self.normalize(frames[frame_mask])
         videos, features = (self.visual_ln_post(x) @ self.visual_proj for x in self.visual(read, packed))
         return slots.fill(features), videos
 

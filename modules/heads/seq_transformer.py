@@ -12,12 +12,10 @@ class SequentialTransformer(Head):
     checkpoint_prefixes = ("transformerClip.", "frame_position_embeddings.")
 
     def build(self) -> None:
-        sizes = self.sizes
+        sizes, layers = self.sizes, self.options.cross_num_hidden_layers
         self.frame_position_embeddings = nn.Embedding(sizes.context_length, sizes.embed_dim)
         # CLIP4Clip's heads use eps 1e-12 although their weights start from CLIP layers trained with 1e-5.
-        self.transformerClip = Transformer(
-            sizes.embed_dim, self.options.cross_num_hidden_layers, sizes.text_heads, activation="quick_gelu", eps=1e-12
-        )
+        self.transformerClip = Transformer(sizes.embed_dim, layers, sizes.text_heads, "quick_gelu", eps=1e-12)
 
     def init_from_clip(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first layers of the text transformer and its position table."""

@@ -60,8 +60,7 @@ class TightTransformer(Head):
     def similarity(self, text: Tensor, video: tuple[Tensor, Tensor]) -> Tensor:
         """[N, D] and ([V, T, D], [V, T]) -> logits [N, V], without logit scale.
 
-        In training in blocks whose inner results are computed again for the backward pass: kept, those of a batch of
-        128 pairs would fill 30 GB.
+        In training in blocks, computed again for the backward pass: the inner results of 128 pairs would fill 30 GB.
         """
         kept = self.options.cross_num_hidden_layers * self.pair_bytes(text, video) * len(video[0])
         rows = max(1, TRAINING_BYTES // kept)
@@ -71,8 +70,7 @@ class TightTransformer(Head):
 
     def pairs(self, text: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
         """The cross encoder on every pair: [N, D], [V, T, D], [V, T] -> [N, V]."""
-        n = len(text)
-        v, t, width = frames.shape
+        n, (v, t, width) = len(text), frames.shape
         tokens = torch.cat([text[:, None, None].expand(n, v, 1, width), frames[None].expand(n, v, t, width)], dim=2)
         mask = torch.cat([mask.new_ones(v, 1), mask], dim=1).expand(n, v, t + 1).flatten(0, 1)
         positions = self.cross["embeddings"]["position_embeddings"].weight[: t + 1]

@@ -93,8 +93,7 @@ class TokenInteraction(Head):
 
     def best_matches(self, text: Tokens, video: Tokens) -> tuple[Tensor, Tensor]:
         """Within matching pairs: the frame that each token fits best [B, L], the token that each frame does [B, T]."""
-        cosines = text[0] @ video[0].transpose(1, 2)
-        over_frames, over_tokens = self._masked(cosines, text[1], video[1])
+        over_frames, over_tokens = self._masked(text[0] @ video[0].transpose(1, 2), text[1], video[1])
         return over_frames.argmax(dim=2), over_tokens.argmax(dim=1)
 
 

@@ -26,16 +26,14 @@ def identity(width: int) -> nn.Linear:
     return layer
 
 
-@dataclass(frozen=True)
-class XPoolOptions:
-    num_mha_heads: int = flag(
-        1, "attention heads of the pooling; weights do not show their number", must_be=at_least(1), not_in_weights=True
-    )
-
-
 @register("xpool")
 class XPool(Head):
-    Options = XPoolOptions
+    @dataclass(frozen=True)
+    class Options:
+        num_mha_heads: int = flag(
+            1, "attention heads of the pooling, which weights do not show", must_be=at_least(1), not_in_weights=True
+        )
+
     separable = False
     checkpoint_prefixes = ("pool_frames.",)
 

@@ -41,8 +41,7 @@ class Loss(nn.Module):
 
     @classmethod
     def refuses(cls, options: Any, head: type[Head], interaction: str) -> str | None:
-        """Why this loss cannot go with a head, in words for the user; None when it can. `interaction`: "no" or the
-        name of what takes the place of the head's similarity."""
+        """Why this loss cannot go with a head and --interaction, in words for the user; None when it can."""
         return None
 
     def forward(self, pairs: Pairs) -> Tensor:

@@ -29,12 +29,8 @@ class CDCR(Loss):
             choices=(0, 1, 2, 3),
             chooses=True,
         )
-        cdcr_alpha1: float = flag(
-            0.16, "pull of the diagonal of the correlation matrix towards 1", must_be=at_least(0), tolerated=True
-        )
-        cdcr_alpha2: float = flag(
-            0.0, "pull of the rest of the matrix towards 0; 0.06 in the DRL paper", must_be=at_least(0), tolerated=True
-        )
+        cdcr_alpha1: float = flag(0.16, "pull of the matrix's diagonal towards 1", must_be=at_least(0), tolerated=True)
+        cdcr_alpha2: float = flag(0.0, "pull of the rest to 0; in the paper 0.06", must_be=at_least(0), tolerated=True)
         cdcr_lambda: float = flag(0.001, "weight of the decorrelation in the loss", must_be=at_least(0), tolerated=True)
 
     @classmethod
@@ -42,10 +38,8 @@ class CDCR(Loss):
         if not options.cdcr:
             return "--loss cdcr needs --cdcr 1, 2 or 3"
         if not head.separable:
-            return (
-                f"--cdcr {options.cdcr} works on features or tokens that --sim_header {head.name} does not compare; "
-                "use it with meanP, seqLSTM or seqTransf"
-            )
+            what = f"features or tokens that --sim_header {head.name} does not compare"
+            return f"--cdcr {options.cdcr} works on {what}; use it with meanP, seqLSTM or seqTransf"
         return None
 
     def forward(self, pairs: Pairs) -> Tensor:
