@@ -22,7 +22,9 @@ EXPECTED = {"train": Expected(8_392, 8_392), "val": Expected(1_065, 1_065), "tes
 
 @dataclass(frozen=True)
 class Options:
-    didemo_clip_seconds: float = flag(30.0, "seconds from the start that are the clip; sources: 31", must_be=above(0))
+    didemo_clip_seconds: float = flag(
+        30.0, "length of the clips, from each video's start; 30 s were annotated, the sources read 31", must_be=above(0)
+    )
 
 
 def stem_of(video_id: str) -> str:

@@ -92,9 +92,13 @@ class TrainOptions:
     )
     warmup_proportion: float = flag(0.1, "share of the steps in which the rate rises to full; -1: none", must_be=SHARE)
     weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
-    freeze_layer_num: int = flag(0, "-1 trains all; n freezes embeddings and n blocks of a tower", must_be=at_least(-1))
+    freeze_layer_num: int = flag(
+        0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower", must_be=at_least(-1)
+    )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
-    gradient_accumulation_steps: int = flag(1, "pieces a batch is encoded in, to save memory", must_be=at_least(1))
+    gradient_accumulation_steps: int = flag(
+        1, "pieces in which a batch is encoded, to save memory; the gradient stays that of all", must_be=at_least(1)
+    )
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
     n_display: int = flag(50, "steps between log lines", must_be=at_least(1))

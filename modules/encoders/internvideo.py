@@ -139,7 +139,7 @@ class VideoCLIP(CLIP):
         clip_evl: bool = flag(False, "InternVideo's video tower instead of CLIP's image tower", chooses=True)
         pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
         mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
-        mergeweight: float = flag(0.5, "share of the CLIP in that average", must_be=within(0, 1), tolerated=True)
+        mergeweight: float = flag(0.5, "weight of CLIP in that average", must_be=within(0, 1), tolerated=True)
 
     title, family = "InternVideo's video tower", "InternVideo"
     has_half, trained_with = False, "quick_gelu"

@@ -30,7 +30,7 @@ class CDCR(Loss):
             chooses=True,
         )
         cdcr_alpha1: float = flag(0.16, "pull of the matrix's diagonal towards 1", must_be=at_least(0), tolerated=True)
-        cdcr_alpha2: float = flag(0.0, "pull of the rest to 0; in the paper 0.06", must_be=at_least(0), tolerated=True)
+        cdcr_alpha2: float = flag(0.0, "pull of the rest to 0; 0.06 in the paper", must_be=at_least(0), tolerated=True)
         cdcr_lambda: float = flag(0.001, "weight of the decorrelation in the loss", must_be=at_least(0), tolerated=True)
 
     @classmethod
