@@ -1,17 +1,8 @@
 """Video files: what one holds, which of its frames make up a clip, decoding exactly those, and resizing them."""
 
-from dataloaders.video.decode import DECODERS, decode_frames, read_frames
+from dataloaders.video.decode import decode_frames, read_frames
 from dataloaders.video.frames import FrameSampling
-from dataloaders.video.packets import VideoInfo, VideoReadError, probe_video
+from dataloaders.video.packets import VideoReadError, probe_video
 from dataloaders.video.transforms import FrameTransform
 
-__all__ = [
-    "DECODERS",
-    "FrameSampling",
-    "FrameTransform",
-    "VideoInfo",
-    "VideoReadError",
-    "decode_frames",
-    "probe_video",
-    "read_frames",
-]
+__all__ = ["FrameSampling", "FrameTransform", "VideoReadError", "decode_frames", "probe_video", "read_frames"]
