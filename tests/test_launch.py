@@ -2,18 +2,22 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_resume import processes_of
+from slurm_tasks import FIRST_PORT
 
 from engine.distributed import Place, choose_device, first_host, read_place, same_kind_of_device
 from engine.resume import load_last
@@ -36,6 +40,7 @@ TRAIN = [
     "--select_on",
     "last",
 ]
+LIMIT = 300  # seconds that only a process which hangs takes; twenty would do on an idle machine
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,22 +93,34 @@ def test_devices(monkeypatch):
         choose_device("auto", Place(1, 2, 1))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that a store can listen at and no other process gets, neither by chance nor from this function.
+
+    It is bound here, and only then is it allowed to bind it again, as stores do.
+    """
+    with socket.socket() as holder:
+        bound = False
+        while not bound:
+            with suppress(OSError):
+                holder.bind(("127.0.0.1", random.randrange(FIRST_PORT, 2 * FIRST_PORT)))
+                bound = True
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield holder.getsockname()[1]
 
 
-def environment(**more: str) -> dict[str, str]:
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as number:
+        yield number
+
+
+def start(command: list[str]) -> subprocess.Popen:
     clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES and not k.startswith("SLURM")}
-    return clean | {"OMP_NUM_THREADS": "1"} | more
-
-
-def start(command: list[str], **more: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment(**more),
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,60 +128,51 @@ def start(command: list[str], **more: str) -> subprocess.Popen:
     )
 
 
-def torchrun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
-    return [start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script, *flags])]
+def torchrun(*command: str) -> subprocess.Popen:
+    return start(["-m", "torch.distributed.run", *command])
 
 
-def two_nodes(flags: list[str]) -> list[subprocess.Popen]:
-    port = free_port()
-    return [
-        start(
-            [
-                "-m",
-                "torch.distributed.run",
-                "--nnodes=2",
-                f"--node_rank={node}",
-                "--master_addr=127.0.0.1",
-                f"--master_port={port}",
-                "--nproc_per_node=1",
-                MAIN,
-                *flags,
-            ]
-        )
-        for node in range(2)
-    ]
+def two_nodes(flags: list[str], port: int) -> list[subprocess.Popen]:
+    meeting_point = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=1")
+    return [torchrun(*meeting_point, f"--node_rank={node}", MAIN, *flags) for node in range(2)]
 
 
-def launch(flags: list[str]) -> list[subprocess.Popen]:
-    port = f"--master_port={free_port()}"
-    return [start(["-m", "torch.distributed.launch", port, "--nproc_per_node=2", MAIN, *flags])]
+def launch(flags: list[str], port: int) -> list[subprocess.Popen]:
+    return [start(["-m", "torch.distributed.launch", f"--master_port={port}", "--nproc_per_node=2", MAIN, *flags])]
 
 
-def srun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
-    """Three tasks with what srun sets; the port follows from the job's id, which here follows from a free port."""
-    job = str(int(free_port()) % 15000)
-    return [
-        start(
-            [*script, *flags],
-            SLURM_PROCID=str(task),
-            SLURM_NTASKS="3",
-            SLURM_LOCALID=str(task),
-            SLURM_JOB_NODELIST="localhost",
-            SLURM_JOB_ID=job,
-        )
-        for task in range(3)
-    ]
+def processes_of(folder: Path) -> list[int]:
+    """The processes whose command line names `folder`: launchers, and their ranks in sessions of their own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(folder) in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+    return found
 
 
-def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, str]]:
-    """Exit status and standard error of each; all are ended, whatever happens."""
-    try:
-        return [(p.returncode, text) for p in processes for text in [p.communicate(timeout=seconds)[1]]]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+def finish(processes: list[subprocess.Popen], folder: Path) -> list[tuple[int, str]]:
+    """Exit status and standard error of each, which with their ranks are all that name `folder` and are ended.
+
+    Only a hang takes as long as LIMIT; then all print what they were doing, and the test fails with that.
+    """
+    stuck = False
+    with ThreadPoolExecutor(len(processes)) as pool:  # all are read at once: none waits for another to be read
+        reading = [pool.submit(process.communicate) for process in processes]
+        try:
+            stuck = bool(wait(reading, LIMIT).not_done)
+        finally:
+            for number in (signal.SIGABRT, signal.SIGKILL):
+                for process in processes_of(folder):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, number)
+                wait(reading, 5)
+    found = [(process.returncode, one.result()[1]) for process, one in zip(processes, reading)]
+    said = "\n".join(
+        f"== {p.args}\nstatus {p.returncode}\n{''.join(one.result())}" for p, one in zip(processes, reading)
+    )
+    assert not stuck, f"not over after {LIMIT} s\n{said}"
+    return found
 
 
 def flags_to(flags: list[str], folder: Path) -> list[str]:
@@ -208,33 +216,29 @@ def alone(flags, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [two_nodes, launch, srun],
-    ids=["two_nodes", "launch", "srun"],
-)
-def test_launchers(flags, alone, tmp_path, launcher):
-    """Four steps on 2 (srun: 3) gloo ranks: loss and weights of one process, within float32 rounding."""
-    for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"))):
-        assert status == 0, errors
-    ours, theirs = (json.loads((folder / "history.jsonl").read_text()) for folder in (tmp_path / "out", alone))
+def assert_same_run(out: Path, alone: Path, ranks: int) -> None:
+    """Four steps on gloo ranks: loss and weights of one process, within float32 rounding."""
+    ours, theirs = (json.loads((folder / "history.jsonl").read_text()) for folder in (out, alone))
     assert ours["steps"] == theirs["steps"] == 4
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    ranks = 3 if launcher is srun else 2
-    assert len(load_last(tmp_path / "out" / "checkpoint_last.pt")["random"]) == ranks
-    ours, theirs = (torch.load(folder / "pytorch_model.bin") for folder in (tmp_path / "out", alone))
+    assert len(load_last(out / "checkpoint_last.pt")["random"]) == ranks
+    ours, theirs = (torch.load(folder / "pytorch_model.bin") for folder in (out, alone))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def failing(how: str, rank: int) -> tuple[str, str, str]:
-    return (str(ROOT / "tests" / "failing_rank.py"), how, str(rank))
+@pytest.mark.parametrize("launcher", [two_nodes, launch])
+def test_launchers(flags, alone, tmp_path, port, launcher):
+    for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"), port), tmp_path):
+        assert status == 0, errors
+    assert_same_run(tmp_path / "out", alone, 2)
 
 
 @pytest.mark.parametrize(("how", "rank"), [("raise", 0), ("kill", 1)])
 def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
-    """Within a minute (and 30 s for the imports); torchrun shows the rank's traceback, or the signal that ended it."""
-    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing(how, rank)), 90)
+    """It shows the rank's traceback, or the signal that ended it."""
+    script = (str(ROOT / "tests" / "failing_rank.py"), how, str(rank), *flags_to(flags, tmp_path / "out"))
+    [(status, errors)] = finish([torchrun("--standalone", "--nproc_per_node=2", *script)], tmp_path)
     assert status != 0
     summary = errors[errors.index("failing_rank.py FAILED") :]
     if how == "raise":
@@ -250,30 +254,49 @@ def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
         assert "ValueError: planned failure" in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("how", "rank"), [("raise", 1), ("freeze", 2)])
-def test_one_failing_rank_ends_all(flags, tmp_path, how, rank):
-    """Without a launcher that would end the others: lost connections do, or the time-out of collectives (here 5 s)."""
-    processes = srun(flags_to(flags, tmp_path / "out"), failing(how, rank))
-    if how == "freeze":  # itself it ends only when killed, after the others
-        found = finish([p for r, p in enumerate(processes) if r != rank], 90)
-        processes[rank].kill()
-        finish([processes[rank]])
-    else:
-        found = finish(processes, 90)  # 30 s of it for the imports
-    assert all(status != 0 for status, _ in found), found
-    if how == "raise":
-        assert f"[rank{rank}]: ValueError: planned failure" in found[rank][1]
-        assert "in step" in found[rank][1]  # its traceback
-        assert all("planned failure" not in found[r][1] for r in {0, 1, 2} - {rank})
-    if how == "freeze":
-        assert all(": Traceback" in errors for _, errors in found), found
-        assert any("imed out" in errors or "imeout" in errors for _, errors in found), found
+SLURM = {"srun": ("nothing", 0), "raise": ("raise", 1), "freeze": ("freeze", 2), "late": ("late", 0)}
 
 
-def test_a_rank_that_starts_late_is_waited_for(flags, tmp_path):
-    """Longer than the time-out of collectives, which applies only once all have met."""
-    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing("late", 0)))
+@pytest.fixture(scope="module")
+def slurm(flags, tmp_path_factory) -> dict[str, tuple[Path, list[tuple[int, str]]]]:
+    """What the runs of SLURM leave: --output_dir, and exit status and standard error of each of their three tasks."""
+    folder = tmp_path_factory.mktemp("slurm")
+    with ExitStack() as ports:
+        runs = [
+            {"name": name, "port": ports.enter_context(reserved_port()), "how": how, "rank": rank}
+            for name, (how, rank) in SLURM.items()
+        ]
+        process = start([str(ROOT / "tests" / "slurm_tasks.py"), str(folder), json.dumps(runs), *TRAIN, *flags])
+        [(status, errors)] = finish([process], folder)
     assert status == 0, errors
+    return {name: (folder / name, tasks) for name, tasks in json.loads((folder / "report.json").read_text()).items()}
+
+
+def test_srun(slurm, alone):
+    out, tasks = slurm["srun"]
+    assert all(status == 0 for status, _ in tasks), tasks
+    assert_same_run(out, alone, 3)
+
+
+@pytest.mark.parametrize("how", ["raise", "freeze"])
+def test_one_failing_rank_ends_all(slurm, how):
+    """Without a launcher that would end the others: lost connections do, or the time-out of collectives."""
+    _, tasks = slurm[how]
+    assert all(status != 0 for status, _ in tasks), tasks
+    failed = SLURM[how][1]
+    others = [errors for task, (_, errors) in enumerate(tasks) if task != failed]
+    if how == "raise":
+        assert f"[rank{failed}]: ValueError: planned failure" in tasks[failed][1]
+        assert "in step" in tasks[failed][1]  # its traceback
+        assert all("planned failure" not in errors for errors in others)
+    else:
+        assert all(": Traceback" in errors for errors in others), tasks
+        assert any("imed out" in errors or "imeout" in errors for errors in others), tasks
+
+
+def test_a_rank_that_starts_late_is_waited_for(slurm):
+    """Longer than the time-out of collectives, which applies only once all have met."""
+    assert all(status == 0 for status, _ in slurm["late"][1]), slurm["late"]
 
 
 @pytest.mark.parametrize(("chosen", "told"), [("cuda", "rank 1: none"), ("cpu", "rank 1: cpu")])
@@ -307,7 +330,7 @@ def test_a_rank_with_another_kind_of_device_is_named(monkeypatch, tmp_path, chos
 
 def test_an_error_of_one_process_is_one_line(flags, tmp_path):
     command = [*flags_to(flags, tmp_path / "out"), "--resume_model", "nowhere.pt"]
-    [(status, errors)] = finish([start([MAIN, *command])])
+    [(status, errors)] = finish([start([MAIN, *command])], tmp_path)
     assert status == 1
     assert errors.startswith("error: --resume_model nowhere.pt: no such file")
     assert len(errors.splitlines()) == 1
@@ -316,16 +339,17 @@ def test_an_error_of_one_process_is_one_line(flags, tmp_path):
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(flags, tmp_path):
     command = flags_to(flags, tmp_path / "out")
     command[command.index("--epochs") + 1] = "500"
-    [process] = torchrun(command)
-    deadline = time.monotonic() + 120
+    process = torchrun("--standalone", "--nproc_per_node=2", MAIN, *command)
+    deadline = time.monotonic() + LIMIT
     while not (tmp_path / "out" / "history.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"no epoch is over: {finish([process], tmp_path)}")
         time.sleep(0.05)
+    assert len(processes_of(tmp_path)) == 3
     os.kill(process.pid, signal.SIGTERM)
-    [(status, _)] = finish([process], 60)
-    assert status != 0
-    assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1
-    while processes_of(process.pid):
-        assert time.monotonic() < deadline, processes_of(process.pid)
+    process.wait(LIMIT)
+    assert process.returncode != 0
+    while processes_of(tmp_path):
+        assert time.monotonic() < deadline, finish([process], tmp_path)
         time.sleep(0.1)
+    assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1
