@@ -2,28 +2,22 @@
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from slurm_tasks import FIRST_PORT
+from launching import LIMIT, ROOT, SlurmRun, finish, processes_of, reserved_port, run_tasks, start
 
 from engine.distributed import Place, choose_device, first_host, read_place, same_kind_of_device
 from engine.resume import load_last
 from main_task_retrieval import main
 
-ROOT = Path(__file__).parent.parent
 MAIN = "main_task_retrieval.py"
 TRAIN = [
     "--do_train",
@@ -40,8 +34,6 @@ TRAIN = [
     "--select_on",
     "last",
 ]
-LIMIT = 300  # seconds that only a process which hangs takes; twenty would do on an idle machine
-LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.parametrize(
@@ -93,39 +85,10 @@ def test_devices(monkeypatch):
         choose_device("auto", Place(1, 2, 1))
 
 
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port that a store can listen at and no other process gets, neither by chance nor from this function.
-
-    It is bound here, and only then is it allowed to bind it again, as stores do.
-    """
-    with socket.socket() as holder:
-        bound = False
-        while not bound:
-            with suppress(OSError):
-                holder.bind(("127.0.0.1", random.randrange(FIRST_PORT, 2 * FIRST_PORT)))
-                bound = True
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        yield holder.getsockname()[1]
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
     with reserved_port() as number:
         yield number
-
-
-def start(command: list[str]) -> subprocess.Popen:
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES and not k.startswith("SLURM")}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
 
 
 def torchrun(*command: str) -> subprocess.Popen:
@@ -139,40 +102,6 @@ def two_nodes(flags: list[str], port: int) -> list[subprocess.Popen]:
 
 def launch(flags: list[str], port: int) -> list[subprocess.Popen]:
     return [start(["-m", "torch.distributed.launch", f"--master_port={port}", "--nproc_per_node=2", MAIN, *flags])]
-
-
-def processes_of(folder: Path) -> list[int]:
-    """The processes whose command line names `folder`: launchers, and their ranks in sessions of their own."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if str(folder) in (entry / "cmdline").read_text():
-                found.append(int(entry.name))
-    return found
-
-
-def finish(processes: list[subprocess.Popen], folder: Path) -> list[tuple[int, str]]:
-    """Exit status and standard error of each, which with their ranks are all that name `folder` and are ended.
-
-    Only a hang takes as long as LIMIT; then all print what they were doing, and the test fails with that.
-    """
-    stuck = False
-    with ThreadPoolExecutor(len(processes)) as pool:  # all are read at once: none waits for another to be read
-        reading = [pool.submit(process.communicate) for process in processes]
-        try:
-            stuck = bool(wait(reading, LIMIT).not_done)
-        finally:
-            for number in (signal.SIGABRT, signal.SIGKILL):
-                for process in processes_of(folder):
-                    with suppress(ProcessLookupError):
-                        os.kill(process, number)
-                wait(reading, 5)
-    found = [(process.returncode, one.result()[1]) for process, one in zip(processes, reading)]
-    said = "\n".join(
-        f"== {p.args}\nstatus {p.returncode}\n{''.join(one.result())}" for p, one in zip(processes, reading)
-    )
-    assert not stuck, f"not over after {LIMIT} s\n{said}"
-    return found
 
 
 def flags_to(flags: list[str], folder: Path) -> list[str]:
@@ -254,36 +183,26 @@ def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
         assert "ValueError: planned failure" in (tmp_path / "out" / "log.txt").read_text()
 
 
-SLURM = {"srun": ("nothing", 0), "raise": ("raise", 1), "freeze": ("freeze", 2), "late": ("late", 0)}
-
-
 @pytest.fixture(scope="module")
-def slurm(flags, tmp_path_factory) -> dict[str, tuple[Path, list[tuple[int, str]]]]:
-    """What the runs of SLURM leave: --output_dir, and exit status and standard error of each of their three tasks."""
-    folder = tmp_path_factory.mktemp("slurm")
-    with ExitStack() as ports:
-        runs = [
-            {"name": name, "port": ports.enter_context(reserved_port()), "how": how, "rank": rank}
-            for name, (how, rank) in SLURM.items()
-        ]
-        process = start([str(ROOT / "tests" / "slurm_tasks.py"), str(folder), json.dumps(runs), *TRAIN, *flags])
-        [(status, errors)] = finish([process], folder)
-    assert status == 0, errors
-    return {name: (folder / name, tasks) for name, tasks in json.loads((folder / "report.json").read_text()).items()}
+def slurm(flags, tmp_path_factory) -> dict[str, SlurmRun]:
+    runs = {
+        "srun": {},
+        **{how: {"how": how, "rank": rank} for how, rank in {"raise": 1, "freeze": 2, "late": 0}.items()},
+    }
+    return run_tasks(tmp_path_factory.mktemp("slurm"), runs, [*TRAIN, *flags])
 
 
 def test_srun(slurm, alone):
     out, tasks = slurm["srun"]
     assert all(status == 0 for status, _ in tasks), tasks
-    assert_same_run(out, alone, 3)
+    assert_same_run(out, alone, len(tasks))
 
 
-@pytest.mark.parametrize("how", ["raise", "freeze"])
-def test_one_failing_rank_ends_all(slurm, how):
+@pytest.mark.parametrize(("how", "failed"), [("raise", 1), ("freeze", 2)])
+def test_one_failing_rank_ends_all(slurm, how, failed):
     """Without a launcher that would end the others: lost connections do, or the time-out of collectives."""
     _, tasks = slurm[how]
     assert all(status != 0 for status, _ in tasks), tasks
-    failed = SLURM[how][1]
     others = [errors for task, (_, errors) in enumerate(tasks) if task != failed]
     if how == "raise":
         assert f"[rank{failed}]: ValueError: planned failure" in tasks[failed][1]

@@ -38,6 +38,7 @@ SMALLER = {
     "--epochs=5": "--epochs=1 --device cpu",
     "--num_thread_reader=4": "--num_thread_reader=1",
     "--nproc_per_node=4": "--nproc_per_node=2",
+    "tools.sample_data ": "tools.sample_data --n_train 4 --n_val 2 --n_test 2 --resolution 64 ",
 }
 
 

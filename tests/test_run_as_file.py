@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from launching import LIMIT, ROOT
 from video_files import make_video
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = [
     path.relative_to(ROOT)
     for folder in ("preprocess", "tools")
@@ -27,7 +27,7 @@ def run(*command: object, cwd: Path, **variables: object) -> subprocess.Complete
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {name: str(value) for name, value in variables.items()}
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, timeout=120
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, timeout=LIMIT
     )
 
 
