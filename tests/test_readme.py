@@ -33,7 +33,7 @@ SIZES = ClipSizes(
 # What the sample is too small for, or this machine: text of a page -> text that is run.
 SMALLER = {
     "ViT-B/32": "weights/clip.pt",
-    "--batch_size=128": "--batch_size=320",
+    "--batch_size=128": "--batch_size=250",
     "--batch_size 128": "--batch_size 24 --epochs 1 --device cpu",
     "--epochs=5": "--epochs=1 --device cpu",
     "--num_thread_reader=4": "--num_thread_reader=1",
