@@ -2,8 +2,8 @@
 
     python failing_rank.py HOW RANK FLAG...
 
-HOW: raise, a ValueError in the first step of RANK; kill, SIGKILL there; freeze, SIGSTOP there; late, RANK comes 8 s
-after the others. The time-out of collectives is cut to 5 s.
+HOW: nothing, no rank fails; raise, a ValueError in the first step of RANK; kill, SIGKILL there; freeze, SIGSTOP there;
+late, RANK joins the others 8 s after them, and that is all. The last two cut the time-out of collectives to 5 s.
 """
 
 import os
@@ -35,11 +35,19 @@ def fail_at_step(how: str, rank: int) -> None:
     Trainer.step = step
 
 
-if __name__ == "__main__":
-    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=5)
-    how, rank = sys.argv[1], int(sys.argv[2])
-    if how != "late":
+def main(how: str, rank: int, flags: list[str]) -> int:
+    if how in ("freeze", "late"):
+        distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=5)
+    if how == "late":
+        if distributed.read_place(os.environ).rank == rank:
+            time.sleep(8)
+        distributed.setup("cpu")
+        distributed.shutdown()
+        return 0
+    if how != "nothing":
         fail_at_step(how, rank)
-    elif distributed.read_place(os.environ).rank == rank:
-        time.sleep(8)
-    sys.exit(record(main_task_retrieval.main)(sys.argv[3:]))
+    return record(main_task_retrieval.main)(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from launching import LIMIT, ROOT
 from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
 
 from dataloaders.video.decode import VideoReadError, decode_frames, probe_video
@@ -275,12 +276,12 @@ def test_workers_end_when_the_command_is_killed(root):
         (root / "in" / f"{n}.mp4").symlink_to(first)
     command = [sys.executable, "-m", "preprocess.compress_video", "--input_root", str(root / "in")]
     command += ["--output_root", str(root / "out"), "--num_workers", "3"]
-    running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True)
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        assert wait_for(lambda: list((root / "out").glob("*.mp4")), 120)
+        assert wait_for(lambda: list((root / "out").glob("*.mp4")), LIMIT)
         assert running.poll() is None
         assert len(processes_of(running.pid)) == 4
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    assert wait_for(lambda: not processes_of(running.pid), 10), f"still running: {processes_of(running.pid)}"
+    assert wait_for(lambda: not processes_of(running.pid), LIMIT), f"still running: {processes_of(running.pid)}"

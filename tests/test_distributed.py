@@ -1,8 +1,10 @@
 """Two gloo processes against one: the loss and the gradients of the whole batch."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -30,8 +32,8 @@ def with_others(share: list[torch.Tensor]) -> dict:
     return dict(zip(vars(batch), shares.pad(batch))) | {"gather": partial(gather_rows, counts=shares.counts)}
 
 
-def one_rank(rank: int, store: str, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def golden_losses(rank: int) -> dict:
+    found = {}
     for stem in VECTORS:
         vector = load(stem)
         model = build(weights(vector), vector.config["sim_header"], vector.config["cross_num_hidden_layers"])
@@ -41,16 +43,13 @@ def one_rank(rank: int, store: str, results) -> None:
             model.zero_grad()
             loss = wrapped(**with_others([x[:cut] if rank == 0 else x[cut:] for x in batch]))
             loss.backward()
-            results[rank, stem, cut] = (loss.item(), {k: g.numpy().copy() for k, g in gradients(model).items()})
-    dist.destroy_process_group()
+            found[stem, cut] = (loss.item(), {k: g.clone() for k, g in gradients(model).items()})
+    return found
 
 
-def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
+def test_two_ranks_give_the_loss_and_gradients_of_one(ranks):
     """Even and uneven shares; the reference's single-process numbers are in the vector."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(one_rank, (str(tmp_path / "store"), results), nprocs=2)
-        found = dict(results)
+    found = [one for rank in ranks for one in rank["golden_losses"].items()]
     assert len(found) == 2 * 2 * len(VECTORS)
     for stem in VECTORS:
         vector = load(stem)
@@ -60,11 +59,11 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path):
         want = gradients(model)
         norms = [want[name].norm().item() for name in vector.data["grad_norm_params"]]
         vector.check({"loss_single_process": loss.detach()[None], "grad_norms_single_process": norms})
-        for rank_loss, got in (result for (_, of, _), result in found.items() if of == stem):
+        for rank_loss, got in (result for (of, _), result in found if of == stem):
             assert abs(rank_loss - loss.item()) < 1e-5
             assert got.keys() == want.keys()
             for name, gradient in want.items():
-                torch.testing.assert_close(torch.from_numpy(got[name]), gradient, rtol=1e-4, atol=2e-6)
+                torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=2e-6)
 
 
 def test_gathering_is_the_identity_alone():
@@ -73,9 +72,8 @@ def test_gathering_is_the_identity_alone():
     assert agree(4, 5).tolist() == [[4, 5]]
 
 
-def count_collectives(rank: int, store: str, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    called: list[str] = []
+def count_collectives(rank: int) -> dict:
+    found, called = {}, []
     for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather_into_tensor"):
         original = getattr(dist, name)
 
@@ -95,19 +93,17 @@ def count_collectives(rank: int, store: str, results) -> None:
         for _ in range(2):  # DDP talks more in its first step
             called.clear()
             trainer.step(SimpleNamespace(**parts, video_ids=()))
-        results[rank, pieces] = list(called)
-    dist.destroy_process_group()
+        found[pieces] = list(called)
+    return found
 
 
-def test_a_step_sends_one_message_besides_tensors(tmp_path):
+def test_a_step_sends_one_message_besides_tensors(ranks):
     """No pickled object. X-Pool has 2 tensors for a text, 3 for a video: all are gathered, the gradients of all but the
     mask summed; with pieces, those of the parameters as well, where else DDP does so in C++.
     """
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(count_collectives, (str(tmp_path / "store"), results), nprocs=2)
-        assert len(results) == 4
-        for (_, pieces), called in results.items():
+    for rank in ranks:
+        assert len(rank["count_collectives"]) == 2
+        for pieces, called in rank["count_collectives"].items():
             reductions = 4 + (pieces > 1)
             assert sorted(called) == ["all_gather"] * 5 + ["all_gather of integers"] + ["all_reduce"] * reductions
 
@@ -126,36 +122,48 @@ def tiny(case: tuple[str, str, str]) -> torch.nn.Module:
     return tiny_model(*case, cdcr=1 if case[1] == "wti" else 0)
 
 
-def one_tiny_rank(rank: int, store: str, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def pairwise_losses(rank: int) -> dict:
+    found = {}
     for case in PAIRWISE:
         model = tiny(case)
         wrapped = DistributedDataParallel(model)
         share = share_of_a_tiny_batch((slice(0, 1), slice(1, 4))[rank])
         loss = wrapped(**with_others(share), generator=torch.Generator().manual_seed(3))
         loss.backward()
-        results[rank, case] = (loss.item(), {k: g.numpy().copy() for k, g in gradients(model).items()})
+        found[case] = (loss.item(), {k: g.clone() for k, g in gradients(model).items()})
     some = (torch.ones(2, 3), torch.ones(2, dtype=torch.bool)) if rank else None
     none = gather_rows(same_sizes(some, torch.device("cpu")), [0, 2])
     assert [tuple(part.shape) for part in none] == [(2, 3), (2,)]
     assert none[1].dtype == torch.bool
+    return found
+
+
+def every_job(rank: int, folder: Path) -> None:
+    """What two ranks do for all tests, whose imports would take longer; count_collectives changes torch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    jobs = (golden_losses, pairwise_losses, count_collectives)
+    torch.save({job.__name__: job(rank) for job in jobs}, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_tuples_of_different_lengths_gather_exactly(tmp_path):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, dict]]:
+    """What each of two ranks found: name of the job -> what it gave."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(every_job, (folder,), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_tuples_of_different_lengths_gather_exactly(ranks):
     """Uneven shares, captions and clips of other lengths on each rank, random tokens: still the loss of one process."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(one_tiny_rank, (str(tmp_path / "store"), results), nprocs=2)
-        found = dict(results)
     for case in PAIRWISE:
         model = tiny(case)
         loss = model(*batch(), generator=torch.Generator().manual_seed(3))
         loss.backward()
         want = gradients(model)
-        for rank in range(2):
-            rank_loss, got = found[rank, case]
+        for rank in ranks:
+            rank_loss, got = rank["pairwise_losses"][case]
             assert abs(rank_loss - loss.item()) < 1e-5
             assert got.keys() == want.keys()
             for name, gradient in want.items():
-                torch.testing.assert_close(torch.from_numpy(got[name]), gradient, rtol=1e-3, atol=2e-6)
+                torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=2e-6)

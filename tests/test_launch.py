@@ -3,23 +3,21 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_resume import processes_of
+from launching import LIMIT, ROOT, SlurmRun, finish, processes_of, reserved_port, run_tasks, start
 
 from engine.distributed import Place, choose_device, first_host, read_place, same_kind_of_device
 from engine.resume import load_last
 from main_task_retrieval import main
 
-ROOT = Path(__file__).parent.parent
 MAIN = "main_task_retrieval.py"
 TRAIN = [
     "--do_train",
@@ -36,7 +34,6 @@ TRAIN = [
     "--select_on",
     "last",
 ]
-LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.parametrize(
@@ -88,83 +85,23 @@ def test_devices(monkeypatch):
         choose_device("auto", Place(1, 2, 1))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as number:
+        yield number
 
 
-def environment(**more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES and not k.startswith("SLURM")}
-    return clean | {"OMP_NUM_THREADS": "1"} | more
+def torchrun(*command: str) -> subprocess.Popen:
+    return start(["-m", "torch.distributed.run", *command])
 
 
-def start(command: list[str], **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(**more),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+def two_nodes(flags: list[str], port: int) -> list[subprocess.Popen]:
+    meeting_point = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=1")
+    return [torchrun(*meeting_point, f"--node_rank={node}", MAIN, *flags) for node in range(2)]
 
 
-def torchrun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
-    return [start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script, *flags])]
-
-
-def two_nodes(flags: list[str]) -> list[subprocess.Popen]:
-    port = free_port()
-    return [
-        start(
-            [
-                "-m",
-                "torch.distributed.run",
-                "--nnodes=2",
-                f"--node_rank={node}",
-                "--master_addr=127.0.0.1",
-                f"--master_port={port}",
-                "--nproc_per_node=1",
-                MAIN,
-                *flags,
-            ]
-        )
-        for node in range(2)
-    ]
-
-
-def launch(flags: list[str]) -> list[subprocess.Popen]:
-    port = f"--master_port={free_port()}"
-    return [start(["-m", "torch.distributed.launch", port, "--nproc_per_node=2", MAIN, *flags])]
-
-
-def srun(flags: list[str], script: tuple[str, ...] = (MAIN,)) -> list[subprocess.Popen]:
-    """Three tasks with what srun sets; the port follows from the job's id, which here follows from a free port."""
-    job = str(int(free_port()) % 15000)
-    return [
-        start(
-            [*script, *flags],
-            SLURM_PROCID=str(task),
-            SLURM_NTASKS="3",
-            SLURM_LOCALID=str(task),
-            SLURM_JOB_NODELIST="localhost",
-            SLURM_JOB_ID=job,
-        )
-        for task in range(3)
-    ]
-
-
-def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, str]]:
-    """Exit status and standard error of each; all are ended, whatever happens."""
-    try:
-        return [(p.returncode, text) for p in processes for text in [p.communicate(timeout=seconds)[1]]]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+def launch(flags: list[str], port: int) -> list[subprocess.Popen]:
+    return [start(["-m", "torch.distributed.launch", f"--master_port={port}", "--nproc_per_node=2", MAIN, *flags])]
 
 
 def flags_to(flags: list[str], folder: Path) -> list[str]:
@@ -208,33 +145,29 @@ def alone(flags, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [two_nodes, launch, srun],
-    ids=["two_nodes", "launch", "srun"],
-)
-def test_launchers(flags, alone, tmp_path, launcher):
-    """Four steps on 2 (srun: 3) gloo ranks: loss and weights of one process, within float32 rounding."""
-    for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"))):
-        assert status == 0, errors
-    ours, theirs = (json.loads((folder / "history.jsonl").read_text()) for folder in (tmp_path / "out", alone))
+def assert_same_run(out: Path, alone: Path, ranks: int) -> None:
+    """Four steps on gloo ranks: loss and weights of one process, within float32 rounding."""
+    ours, theirs = (json.loads((folder / "history.jsonl").read_text()) for folder in (out, alone))
     assert ours["steps"] == theirs["steps"] == 4
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    ranks = 3 if launcher is srun else 2
-    assert len(load_last(tmp_path / "out" / "checkpoint_last.pt")["random"]) == ranks
-    ours, theirs = (torch.load(folder / "pytorch_model.bin") for folder in (tmp_path / "out", alone))
+    assert len(load_last(out / "checkpoint_last.pt")["random"]) == ranks
+    ours, theirs = (torch.load(folder / "pytorch_model.bin") for folder in (out, alone))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def failing(how: str, rank: int) -> tuple[str, str, str]:
-    return (str(ROOT / "tests" / "failing_rank.py"), how, str(rank))
+@pytest.mark.parametrize("launcher", [two_nodes, launch])
+def test_launchers(flags, alone, tmp_path, port, launcher):
+    for status, errors in finish(launcher(flags_to(flags, tmp_path / "out"), port), tmp_path):
+        assert status == 0, errors
+    assert_same_run(tmp_path / "out", alone, 2)
 
 
 @pytest.mark.parametrize(("how", "rank"), [("raise", 0), ("kill", 1)])
 def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
-    """Within a minute (and 30 s for the imports); torchrun shows the rank's traceback, or the signal that ended it."""
-    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing(how, rank)), 90)
+    """It shows the rank's traceback, or the signal that ended it."""
+    script = (str(ROOT / "tests" / "failing_rank.py"), how, str(rank), *flags_to(flags, tmp_path / "out"))
+    [(status, errors)] = finish([torchrun("--standalone", "--nproc_per_node=2", *script)], tmp_path)
     assert status != 0
     summary = errors[errors.index("failing_rank.py FAILED") :]
     if how == "raise":
@@ -250,30 +183,39 @@ def test_torchrun_ends_all_ranks_when_one_fails(flags, tmp_path, how, rank):
         assert "ValueError: planned failure" in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("how", "rank"), [("raise", 1), ("freeze", 2)])
-def test_one_failing_rank_ends_all(flags, tmp_path, how, rank):
-    """Without a launcher that would end the others: lost connections do, or the time-out of collectives (here 5 s)."""
-    processes = srun(flags_to(flags, tmp_path / "out"), failing(how, rank))
-    if how == "freeze":  # itself it ends only when killed, after the others
-        found = finish([p for r, p in enumerate(processes) if r != rank], 90)
-        processes[rank].kill()
-        finish([processes[rank]])
-    else:
-        found = finish(processes, 90)  # 30 s of it for the imports
-    assert all(status != 0 for status, _ in found), found
+@pytest.fixture(scope="module")
+def slurm(flags, tmp_path_factory) -> dict[str, SlurmRun]:
+    runs = {
+        "srun": {},
+        **{how: {"how": how, "rank": rank} for how, rank in {"raise": 1, "freeze": 2, "late": 0}.items()},
+    }
+    return run_tasks(tmp_path_factory.mktemp("slurm"), runs, [*TRAIN, *flags])
+
+
+def test_srun(slurm, alone):
+    out, tasks = slurm["srun"]
+    assert all(status == 0 for status, _ in tasks), tasks
+    assert_same_run(out, alone, len(tasks))
+
+
+@pytest.mark.parametrize(("how", "failed"), [("raise", 1), ("freeze", 2)])
+def test_one_failing_rank_ends_all(slurm, how, failed):
+    """Without a launcher that would end the others: lost connections do, or the time-out of collectives."""
+    _, tasks = slurm[how]
+    assert all(status != 0 for status, _ in tasks), tasks
+    others = [errors for task, (_, errors) in enumerate(tasks) if task != failed]
     if how == "raise":
-        assert f"[rank{rank}]: ValueError: planned failure" in found[rank][1]
-        assert "in step" in found[rank][1]  # its traceback
-        assert all("planned failure" not in found[r][1] for r in {0, 1, 2} - {rank})
-    if how == "freeze":
-        assert all(": Traceback" in errors for _, errors in found), found
-        assert any("imed out" in errors or "imeout" in errors for _, errors in found), found
+        assert f"[rank{failed}]: ValueError: planned failure" in tasks[failed][1]
+        assert "in step" in tasks[failed][1]  # its traceback
+        assert all("planned failure" not in errors for errors in others)
+    else:
+        assert all(": Traceback" in errors for errors in others), tasks
+        assert any("imed out" in errors or "imeout" in errors for errors in others), tasks
 
 
-def test_a_rank_that_starts_late_is_waited_for(flags, tmp_path):
+def test_a_rank_that_starts_late_is_waited_for(slurm):
     """Longer than the time-out of collectives, which applies only once all have met."""
-    [(status, errors)] = finish(torchrun(flags_to(flags, tmp_path / "out"), failing("late", 0)))
-    assert status == 0, errors
+    assert all(status == 0 for status, _ in slurm["late"][1]), slurm["late"]
 
 
 @pytest.mark.parametrize(("chosen", "told"), [("cuda", "rank 1: none"), ("cpu", "rank 1: cpu")])
@@ -307,7 +249,7 @@ def test_a_rank_with_another_kind_of_device_is_named(monkeypatch, tmp_path, chos
 
 def test_an_error_of_one_process_is_one_line(flags, tmp_path):
     command = [*flags_to(flags, tmp_path / "out"), "--resume_model", "nowhere.pt"]
-    [(status, errors)] = finish([start([MAIN, *command])])
+    [(status, errors)] = finish([start([MAIN, *command])], tmp_path)
     assert status == 1
     assert errors.startswith("error: --resume_model nowhere.pt: no such file")
     assert len(errors.splitlines()) == 1
@@ -316,16 +258,17 @@ def test_an_error_of_one_process_is_one_line(flags, tmp_path):
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(flags, tmp_path):
     command = flags_to(flags, tmp_path / "out")
     command[command.index("--epochs") + 1] = "500"
-    [process] = torchrun(command)
-    deadline = time.monotonic() + 120
+    process = torchrun("--standalone", "--nproc_per_node=2", MAIN, *command)
+    deadline = time.monotonic() + LIMIT
     while not (tmp_path / "out" / "history.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"no epoch is over: {finish([process], tmp_path)}")
         time.sleep(0.05)
+    assert len(processes_of(tmp_path)) == 3
     os.kill(process.pid, signal.SIGTERM)
-    [(status, _)] = finish([process], 60)
-    assert status != 0
-    assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1
-    while processes_of(process.pid):
-        assert time.monotonic() < deadline, processes_of(process.pid)
+    process.wait(LIMIT)
+    assert process.returncode != 0
+    while processes_of(tmp_path):
+        assert time.monotonic() < deadline, finish([process], tmp_path)
         time.sleep(0.1)
+    assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1

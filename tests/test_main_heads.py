@@ -1,17 +1,15 @@
 """Checkpoints of every head through ``main_task_retrieval.py`` on real video files: evaluate, train on, load back."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from golden_vectors import load, recipe
-from test_main import ROOT, replaced
+from launching import run_tasks
+from test_main import replaced
 
 import engine.train
 from main_task_retrieval import main
@@ -208,24 +206,17 @@ def test_mergeclip_from_the_command_line(msrvtt_flags, tmp_path):
     assert np.abs(found["half"] - found["upstream"]).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "flags", [["--sim_header", "xpool"], ["--sim_header", "seqTransf", "--interaction", "ti"]], ids=" ".join
-)
-def test_four_processes_share_the_pairs(flags, msrvtt_flags, tmp_path):
+def test_four_processes_share_the_pairs(msrvtt_flags, tmp_path):
     """12 videos and 12 captions in batches of 2 and 8: two ranks have no caption at all."""
-    found = []
-    for processes in (1, 4):
-        out = tmp_path / f"ranks{processes}"
-        command = ["--do_eval", "--save_similarity", *flags, *replaced(msrvtt_flags, output_dir=out, batch_size_val=2)]
-        if processes == 1:
-            assert main(command) == 0
-        else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-            whole = [*launcher, "main_task_retrieval.py", *command]
-            subprocess.run(whole, cwd=ROOT, check=True, capture_output=True, env=one_thread, timeout=240)
-        found.append(similarity_of(out))
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
+    heads = {"xpool": ["--sim_header", "xpool"], "ti": ["--sim_header", "seqTransf", "--interaction", "ti"]}
+    command = ["--do_eval", "--save_similarity", *replaced(msrvtt_flags, batch_size_val=2)]
+    together = run_tasks(tmp_path, {name: {"tasks": 4, "flags": flags} for name, flags in heads.items()}, command)
+    for name, flags in heads.items():
+        out, tasks = together[name]
+        assert all(status == 0 for status, _ in tasks), tasks
+        assert main([*command, *flags, "--output_dir", str(tmp_path / "alone")]) == 0
+        assert json.loads((out / "results.json").read_text())["processes"] == 4
+        np.testing.assert_allclose(similarity_of(out), similarity_of(tmp_path / "alone"), rtol=1e-5, atol=1e-5)
 
 
 def test_query_bank_of_the_training_captions(msrvtt_flags, tmp_path, capsys):

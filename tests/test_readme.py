@@ -33,11 +33,12 @@ SIZES = ClipSizes(
 # What the sample is too small for, or this machine: text of a page -> text that is run.
 SMALLER = {
     "ViT-B/32": "weights/clip.pt",
-    "--batch_size=128": "--batch_size=320",
+    "--batch_size=128": "--batch_size=250",
     "--batch_size 128": "--batch_size 24 --epochs 1 --device cpu",
     "--epochs=5": "--epochs=1 --device cpu",
     "--num_thread_reader=4": "--num_thread_reader=1",
     "--nproc_per_node=4": "--nproc_per_node=2",
+    "tools.sample_data ": "tools.sample_data --n_train 4 --n_val 2 --n_test 2 --resolution 64 ",
 }
 
 

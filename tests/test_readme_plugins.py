@@ -21,7 +21,13 @@ FLAGS = {match["path"]: match["flags"].split() for match in EXAMPLE.finditer(REA
 HEAD, LOSS, ENCODER, RULE, DATASET = FLAGS.values()
 TRAINED = [*replaced(TRAIN, epochs=1), "--save_similarity"]
 
-# Run in the copy, as a process of its own: what a test cannot see from outside.
+# Run in the copy, each as a process of its own.
+RUNS = """
+import json, sys
+from main_task_retrieval import main
+
+sys.exit(any(main(flags) for flags in json.loads(sys.argv[1])))
+"""
 REFUSALS = """
 import contextlib, io, sys
 from engine.options import parse_options
@@ -91,8 +97,9 @@ def read_run(folder: Path) -> tuple[dict, np.ndarray]:
     return json.loads((folder / "results.json").read_text()), np.load(folder / "similarity.npz")["similarity"]
 
 
-def main(tree: Path, *flags: str) -> None:
-    run_in(tree, sys.executable, "main_task_retrieval.py", *map(str, flags))
+def main(tree: Path, *runs: list[str]) -> None:
+    """One run after another, in one process."""
+    run_in(tree, sys.executable, "-c", RUNS, json.dumps(runs))
 
 
 def test_there_is_one_of_each_kind():
@@ -130,16 +137,16 @@ def test_their_flags_are_refused_where_they_are_not_chosen(tree, msrvtt_flags):
 
 
 def test_head_loss_and_encoder_train_and_evaluate(tree, msrvtt_flags, tmp_path):
-    main(tree, *TRAINED, *HEAD, *LOSS, *ENCODER, *msrvtt_flags)
     weights = tmp_path / "out" / "pytorch_model.bin"
+    again = replaced(msrvtt_flags, finetuned_path=weights, output_dir=tmp_path / "again")
+    evaluation = ["--do_eval", "--save_similarity", *HEAD[:2], *ENCODER, *again]  # the sidecar knows the temperature
+    main(tree, [*TRAINED, *HEAD, *LOSS, *ENCODER, *msrvtt_flags], evaluation)
     tensors = torch.load(weights, weights_only=True)
     assert {name for name in tensors if not name.startswith("clip.")} == {"frame_score.weight"}
     assert tensors["frame_score.weight"].any()  # it starts at zero
     mix = tensors["clip.frame_mix.weight"]
     assert mix.shape == (64, 1, 5)
     assert mix[:, 0, [0, 1, 3, 4]].any()  # it starts as the identity
-    again = replaced(msrvtt_flags, finetuned_path=weights, output_dir=tmp_path / "again")
-    main(tree, "--do_eval", "--save_similarity", *HEAD[:2], *ENCODER, *again)  # the sidecar knows the temperature
     (trained, similarity), (evaluated, same) = read_run(tmp_path / "out"), read_run(tmp_path / "again")
     assert trained["metrics"] == evaluated["metrics"]
     np.testing.assert_array_equal(similarity, same)
@@ -147,14 +154,14 @@ def test_head_loss_and_encoder_train_and_evaluate(tree, msrvtt_flags, tmp_path):
 
 
 def test_frame_rule_and_dataset_train_and_evaluate(tree, pairs_flags, tmp_path):
-    main(tree, *TRAINED, *RULE, *DATASET, *pairs_flags)
+    weights = tmp_path / "out" / "pytorch_model.bin"
+    again = replaced(pairs_flags, finetuned_path=weights, output_dir=tmp_path / "again")
+    evaluation = ["--do_eval", "--save_similarity", *RULE, *DATASET, *again]
+    main(tree, [*TRAINED, *RULE, *DATASET, *pairs_flags], evaluation)
     results, similarity = read_run(tmp_path / "out")
     assert results["dataset"] == "pairs"
     assert (results["n_videos"], results["n_captions"]) == (12, len(similarity))
     assert "training: 48 videos, 96 items, 6 steps" in (tmp_path / "out" / "log.txt").read_text()
-    weights = tmp_path / "out" / "pytorch_model.bin"
-    again = replaced(pairs_flags, finetuned_path=weights, output_dir=tmp_path / "again")
-    main(tree, "--do_eval", "--save_similarity", *RULE, *DATASET, *again)
     evaluated, same = read_run(tmp_path / "again")
     assert results["metrics"] == evaluated["metrics"]
     np.testing.assert_array_equal(similarity, same)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import LIMIT, ROOT
 
 import engine.step
 from checkpoints.whole import remove_leftovers, write_whole
@@ -19,7 +20,6 @@ from engine.resume import load_last
 from engine.step import random_state, set_random_state
 from main_task_retrieval import main
 
-ROOT = Path(__file__).parent.parent
 TIMINGS = {"seconds", "clips_per_second", "data_wait", "peak_memory_mb"}  # of history.jsonl; all else must agree
 # 48 clips in batches of 12, one caption drawn for each: 4 steps an epoch, 12 in all.
 TRAIN = [
@@ -53,7 +53,7 @@ def run_plans(plans: list[dict], flags: list[str]) -> list[tuple[int, int]]:
         cwd=ROOT,
         text=True,
         capture_output=True,
-        timeout=400,
+        timeout=LIMIT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -205,13 +205,13 @@ def test_a_signal_saves_and_leaves_no_process(whole, tmp_path, number):
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT
     while not (tmp_path / "out" / "history.jsonl").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    message = process.communicate(timeout=30)[1]
+    message = process.communicate(timeout=LIMIT)[1]
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}; training goes on from its last checkpoint" in message
     assert load_last(tmp_path / "out" / "checkpoint_last.pt")["progress"]["epoch"] >= 1

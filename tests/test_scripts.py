@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import LIMIT, ROOT
 
 from modules.encoders.clip import CLIP, ClipSizes
 from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from tools.run_all import main as run_all
 
-ROOT = Path(__file__).parent.parent
 DATATYPE = {
     "msrvtt": "msrvtt",
     "msvd": "msvd",
@@ -98,7 +98,7 @@ def script(path: str, *flags: str, cwd: Path = ROOT, **variables: object) -> sub
         env=environment(**variables),
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 
