@@ -43,11 +43,10 @@ class Checkpoint:
     kind: str  # what was recognised
     activation: str | None  # "quick_gelu", "gelu", or None when nothing tells
     activation_reason: str
-    sidecar: dict | None  # what `<file>.json` holds
     encoder: str  # the name of the encoder that the file holds
 
 
-def read_checkpoint(path: str | Path, encoders: Sequence[Any] = ()) -> Checkpoint:
+def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dict | None = None) -> Checkpoint:
     """Read a CLIP or retrieval model from a file, or from a folder that holds one under its usual name.
 
     Known: OpenAI's TorchScript archives; state dicts of OpenAI, open_clip, CLIP4Clip and Hugging Face's CLIPModel, as
@@ -63,14 +62,14 @@ def read_checkpoint(path: str | Path, encoders: Sequence[Any] = ()) -> Checkpoin
         named = canonical_names(unwrap(raw.content), encoders)
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-    sidecar = read_sidecar(path)
+    sidecar = read_sidecar(path) if sidecar is None else sidecar
     activation, reason = _activation(path, raw, named, sidecar)
     kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}"
     if raw.container == "torchscript":
         kind = "TorchScript archive of a CLIP, as OpenAI releases them"
     if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):
         kind += f", {n_heads} tensors of heads"
-    return Checkpoint(path, named.tensors, kind, activation, reason, sidecar, named.encoder)
+    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder)
 
 
 def read_sidecar(path: str | Path) -> dict | None:

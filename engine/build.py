@@ -40,7 +40,7 @@ class Weights:
 
     def read(self) -> Checkpoint:
         """The tensors. Raises CheckpointError."""
-        return read_checkpoint(self.path, list(ENCODERS.values()))
+        return read_checkpoint(self.path, list(ENCODERS.values()), self.sidecar)
 
     def files(self) -> list[Path]:
         return [self.path, *(self.clip.files() if self.clip else [])]
@@ -144,7 +144,7 @@ def build_encoder(
         clip = chosen.adapted(split_towers(weights.clip.read().tensors)[0])
         kept = (*chosen.renamed.values(), *chosen.own_parts)
         towers = merge(towers, clip, merge_weight, kept)
-        log.info("--mergeclip: %g x CLIP + %g x %s, but of %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
+        log.info("--mergeclip: %g x CLIP + %g x %s; kept %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
     activation = choose_activation(options.model.activation, checkpoint)
     encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
     start = missing_own_parts(encoder, found)
@@ -154,7 +154,7 @@ def build_encoder(
     derived = encoder.start_values(towers) if start else {}
     if new := [name for name in start if name not in derived]:
         names = ", ".join(f"clip.{name}" for name in new)
-        log.warning("%s is not trained with %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
+        log.warning("%s holds nothing of %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
     return encoder, towers | start | derived, new
 
 
@@ -190,7 +190,7 @@ def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], t
         if field.metadata.get("not_in_weights") and field.name not in options.given:
             if field.name in stored:
                 own = replace(own, **{field.name: stored[field.name]})
-            elif not sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
+            elif "sim_header" not in sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
                 raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
     built = head(encoder.head_sizes, own, encoder.conventions)
     return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
@@ -225,7 +225,7 @@ def tensors_of_head(
         flag, name = next((f, n) for f, n, kind in asked if n in kind and added[0] in kind[n].checkpoint_prefixes)
         without = f"--{flag} {name} ({names}*)"
         raise CheckpointError(f"{path} holds no weights for {without}; give the options it was trained with")
-    log.info("%s has no %s*: these start from CLIP's tensors if it has such, else at random", path, names)
+    log.info("%s has no %s*: they start from CLIP's tensors where those fit, else at random", path, names)
     start = {**head.state_dict(), **loss.state_dict()}
     start = {parameter_name(key): value for key, value in start.items()} | head.init_from_clip(towers)
     return kept | {key: value.clone() for key, value in start.items() if key.startswith(added)}

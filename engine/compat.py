@@ -1,7 +1,7 @@
 """``--compat``: a row for each source project, a field for each way in which it differs from what is right.
 
 Published numbers depend on these differences, so that a run that is to repeat them must have them. Nothing else in the
-code looks at the name of a project. Where something is missing here, the project is right.
+code looks at the name of a project. Plain bugs of the projects are not here: nobody should repeat them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ class Compat:
     scales_cosines, scales_tokens: evaluation multiplies cosines (of --interaction ti and wti: token-wise ones) by the
     logit scale, as the loss does; ranks are the same without, but DSL shows it.
     same_dsl_axis: on sets with several captions a video, DSL normalises over the captions in both directions.
-    decays_all: weight decay acts on all but biases, so on LayerNorms, embeddings and the logit scale as well.
+    decays_all: LayerNorms, embeddings and the logit scale decay, too: the sources' test for LayerNorms matches no name.
     precision: encoder -> what --precision auto means. "half" is float16 weights, gradients and moments of CLIP, without
     a master copy or a loss scale: v underflows to 0 nearly everywhere, so that steps are larger than in float32.
     new_parts_at_lr: temporal parts of an encoder that no file of weights holds learn at --lr. The sources train all
@@ -47,7 +47,7 @@ COMPAT = {
     "none": Compat(),
     # Its OpenCV reader takes frames by whole seconds on every dataset.
     "clip4clip": replace(SOURCE, defaults=SOURCE.defaults | {"frame_rule": "second"}, precision={"clip": "half"}),
-    # It takes the mean of frames as they are, lets padding win a maximum with 0, and its video tower reads padding.
+    # It averages raw frames; masks multiply cosines, so padding scores 0 and may win; its video tower has no mask.
     "internvideo": replace(
         SOURCE,
         conventions=Conventions(normalize_frames=False, mask_padding=False, read_padding=True),

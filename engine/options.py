@@ -15,7 +15,7 @@ from dataloaders.registry import DATASETS
 from dataloaders.video.rules import RULES
 from engine.compat import COMPAT, PARSER
 from modules.encoders import ENCODERS
-from modules.heads import HEADS, INTERACTIONS
+from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from plugins import NoOptions, Registry, above, add_flags, at_least, flag, from_flags, out_of_range
 
@@ -33,7 +33,7 @@ DEAD_FLAGS = dict.fromkeys(
     "had no effect in the source projects and does not exist here; leave it out",
 ) | {
     "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
-    "use_dsl": "DSL is always reported beside the raw metrics; leave it out",
+    "use_dsl": "is not needed: DSL is always reported beside the raw metrics; leave it out",
 }
 
 
@@ -50,11 +50,11 @@ class DataOptions:
     frame_rule: str = flag(
         "auto", f"which frames: {', '.join(RULES)}; auto: second for msvd, activity and --compat clip4clip, else stride"
     )
-    train_frame_order: int = flag(0, "of frames in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
-    eval_frame_order: int = flag(0, "of frames in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    train_frame_order: int = flag(0, "order in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
+    eval_frame_order: int = flag(0, "order in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
     num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
-    allow_missing: bool = flag(False, "go on with other counts, and without missing or unreadable videos; recorded")
+    allow_missing: bool = flag(False, "accept other counts and missing or unreadable videos; results.json says so")
     allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results.json")
 
 
@@ -66,10 +66,10 @@ class ModelOptions:
     cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept", type=Path)
     init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)
     finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
-    activation: str = flag("auto", "of the MLPs; auto: as the file says", choices=("auto", "quick_gelu", "gelu"))
+    activation: str = flag("auto", "MLP activation; auto: as the file says", choices=("auto", "quick_gelu", "gelu"))
     encoder: str = flag("clip", f"image and text towers: {', '.join(ENCODERS)}")
     sim_header: str = flag("meanP", f"similarity head: {', '.join(sorted(HEADS))}")
-    loose_type: bool = flag(True, "text and video meet in the similarity only; false for tightTransf alone")
+    loose_type: bool = flag(True, "text and video meet only in the similarity; false only for tightTransf")
     interaction: str = flag(
         "no",
         "compare words with frames, which meanP, seqLSTM or seqTransf prepare; ti: all count alike, wti: with learned "
@@ -88,7 +88,7 @@ class TrainOptions:
     batch_size: int = flag(128, "training pairs per step, over all processes", must_be=at_least(1))
     lr: float = flag(1e-4, "learning rate of heads, losses and new parts of an encoder", must_be=above(0))
     coef_lr: float = flag(
-        1e-3, "the encoder learns at lr * coef_lr, parts of it in no file at lr (unless --compat)", must_be=at_least(0)
+        1e-3, "the encoder learns at lr * coef_lr; its new parts at lr (not with --compat)", must_be=at_least(0)
     )
     warmup_proportion: float = flag(0.1, "share of the steps in which the rate rises to full; -1: none", must_be=SHARE)
     weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
@@ -97,13 +97,13 @@ class TrainOptions:
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(
-        1, "pieces in which a batch is encoded, to save memory; the gradient stays that of all", must_be=at_least(1)
+        1, "pieces in which a batch is encoded, to save memory; the gradient is the whole batch's", must_be=at_least(1)
     )
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
     n_display: int = flag(50, "steps between log lines", must_be=at_least(1))
-    save_steps: int = flag(500, "steps between checkpoint_last.pt; 0: at the ends of epochs only", must_be=at_least(0))
-    resume_model: Path | None = flag(None, "checkpoint_last.pt to go on; auto: that of --output_dir, if any", type=Path)
+    save_steps: int = flag(500, "steps between checkpoints; 0: at the ends of epochs only", must_be=at_least(0))
+    resume_model: Path | None = flag(None, "checkpoint_last.pt to go on from; auto: that of --output_dir", type=Path)
     select_on: str = flag(
         "auto",
         "the epoch with the best text-to-video R@1 on this split is kept; last: the last epoch; auto: test with "
@@ -120,13 +120,13 @@ class RunOptions:
 
     do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
     do_eval: bool = flag(False, "evaluate the weights on --eval_split")
-    dry_run: bool = flag(False, "check options, data and weights, as far as the first step, print the plan and stop")
+    dry_run: bool = flag(False, "do everything up to the first step, print the plan and stop")
     eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
     batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1))
     save_similarity: bool = flag(False, "also write similarity.npz")
     similarity_memory_mb: int = flag(
-        1024, "MiB for a block of pairs, of heads that compare every text with every video", must_be=at_least(1)
+        1024, "MiB at a time for heads that compare every text with every video", must_be=at_least(1)
     )
     qb_norm: bool = flag(False, "also report QB-Norm, with captions of the training split as its query bank")
     qb_size: int = flag(10000, "captions in --qb_norm's bank, drawn with --seed; 0 takes all", must_be=at_least(0))
@@ -309,9 +309,9 @@ def check_model(options: Options) -> None:
     if head.loose and not model.loose_type:
         tight = " or ".join(name for name in HEADS if not HEADS[name].loose)
         raise ValueError(f"--loose_type=false belongs to --sim_header {tight}, got --sim_header {head.name}")
-    if model.interaction != "no" and not head.separable:
+    if model.interaction != "no" and (not head.separable or head.video is not Head.video):
         problem = f"--interaction {model.interaction} takes the place of --sim_header {head.name}'s similarity"
-        raise ValueError(f"{problem}; use it with meanP, seqLSTM or seqTransf")
+        raise ValueError(f"{problem}; use it with {' or '.join(n for n in HEADS if HEADS[n].video is Head.video)}")
     if problem := LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction):
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]

@@ -26,7 +26,7 @@ from modules.model import VideoTextModel
 ROOT = Path(__file__).resolve().parent.parent
 ANNOTATION_SUFFIXES = (".json", ".csv", ".txt", ".pkl")
 # What changes the numbers of a checkpoint when evaluation differs from training.
-SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words", "slice_framepos")
+SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words")
 LAST, SELECTED, HISTORY = "checkpoint_last.pt", "pytorch_model.bin", "history.jsonl"
 RESULTS, SIMILARITY = "results.json", "similarity.npz"
 
@@ -153,14 +153,14 @@ def sidecar(model: VideoTextModel, options: Options, data: RunData) -> dict[str,
         "precision": options.run.precision,
         "selected_on": options.train.select_on,
         "trained_on": data.trained_on,
-        "settings": {name: flags[name] for name in SETTINGS},
+        "settings": {name: flags[name] for name in (*SETTINGS, *vars(options.own["frame_rule"]))},
     }
 
 
 def warn_of_other_settings(trained: Mapping[str, Any], options: Options) -> None:
     """Say where a checkpoint of ours is evaluated with other settings than it was trained with."""
     now = options.as_dict()
-    changed = [name for name in SETTINGS if name in trained and trained[name] != now[name]]
+    changed = [name for name, value in trained.items() if now.get(name, value) != value]
     differing = [f"--{name} {trained[name]} -> {now[name]}" for name in changed]
     if differing and not options.run.do_train:
         log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
@@ -169,7 +169,7 @@ def warn_of_other_settings(trained: Mapping[str, Any], options: Options) -> None
 def plan(options: Options, world: World, data: RunData, weights: Weights, pairs: Any) -> list[str]:
     """What a run would do, in lines. pairs: the loader of training."""
     run, training, scored = options.run, options.train, data.scored
-    lines = [f"--{name} {value}" for name, value in options.as_dict().items()]
+    lines: list[str] = []
     for source in (weights, *([weights.clip] if weights.clip else [])):
         told = f"of --{source.flag}" if source.path.exists() else "will be downloaded"
         lines.append(f"weights: {source.path} ({told})")

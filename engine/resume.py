@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from checkpoints.read import CheckpointError
 from checkpoints.whole import write_whole
 from engine.build import checkpoint_tensors, load_weights
 from engine.distributed import agree, barrier, gather_objects
-from engine.options import AUTO, recorded
+from engine.options import ALL, AUTO, recorded
 from engine.progress import log
 from engine.records import LAST, SELECTED
 from engine.step import Trainer, random_state, set_random_state
@@ -148,11 +148,10 @@ def load_last(path: Path) -> dict[str, Any]:
 
 
 # Options that a resumed run may change: where things lie, what is shown or written besides, how it is read.
-PLACES = {"output_dir", "cache_dir", "data_path", "features_path", "train_csv", "val_csv", "resume_model"}
-WEIGHTS = {"pretrained_clip_name", "init_model", "finetuned_path"}
+PLACES = {f.name for options in ALL for f in fields(options) if f.metadata["type"] is Path} | {"pretrained_clip_name"}
 SHOWN = {"n_display", "save_steps", "keep_epochs", "tensorboard", "do_train", "do_eval", "eval_split"}
 SCORED = {"allow_missing", "allow_overlap", "similarity_memory_mb", "save_similarity", "qb_norm", "qb_size"}
-HARMLESS = PLACES | WEIGHTS | SHOWN | SCORED | {"num_thread_reader", "batch_size_val", "fp16"}
+HARMLESS = PLACES | SHOWN | SCORED | {"num_thread_reader", "batch_size_val", "fp16"}
 # Options that leave loss and gradient what they are, but for the order of summation.
 ROUNDING = {"gradient_accumulation_steps", "grad_checkpointing", "compile", "device"}
 

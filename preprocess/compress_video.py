@@ -75,7 +75,10 @@ def look_at(info: VideoInfo) -> Look:
     width, height = (frame.height, frame.width) if rotation in (90, 270) else (frame.width, frame.height)
     container, stream = open_video(info.path)
     with container:
-        return Look(width, height, rotation, _duration(container, stream))
+        # Of a program stream FFmpeg only guesses the duration.
+        guessed = container.format.name == "mpeg"
+        seconds = info.frame_count / info.fps if guessed else _duration(container, stream)
+        return Look(width, height, rotation, seconds)
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:

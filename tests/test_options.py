@@ -97,7 +97,7 @@ def test_booleans_mean_what_they_say(text, value):
         (["--max_frame", "3"], "unrecognized arguments: --max_frame"),
         (["--init_model", "a", "--finetuned_path", "b"], "--init_model and --finetuned_path both name the weights"),
         (["--zeroshot", "--finetuned_path", "b"], "--zeroshot evaluates weights as they were pre-trained; leave it"),
-        (["--use_dsl"], "--use_dsl DSL is always reported beside the raw metrics"),
+        (["--use_dsl"], "--use_dsl is not needed: DSL is always reported beside the raw metrics"),
         (["--resume_model", "a"], "--resume_model continues a training run; add --do_train"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be >= 1, got 0"),
         (

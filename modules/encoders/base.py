@@ -57,7 +57,7 @@ RIGHT = Conventions()
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
-    Its parameters stand in checkpoints as ``clip.`` + their names here, OpenAI's where the parameter is CLIP's.
+    Its parameters, a scalar `logit_scale` among them, are ``clip.`` + their names in checkpoints: OpenAI's for CLIP's.
     """
 
     Options: type = NoOptions

@@ -34,13 +34,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools.sample_data", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
-    add("--output_dir", required=True, type=Path, help="gets one folder a dataset, and clip/")
-    add("--datatype", required=True, choices=[*LAYOUTS, "all"], help="dataset layout to write")
+    add("--output_dir", required=True, type=Path, default=argparse.SUPPRESS, help="gets a folder a dataset and clip/")
+    add("--datatype", required=True, choices=[*LAYOUTS, "all"], default=argparse.SUPPRESS, help="layout to write")
     add("--seed", type=int, default=0, help="everything follows from it")
     for n, split in enumerate(SPLITS):
         defaults = ", ".join(f"{name} {recipe.counts[n]}" for name, (recipe, _) in LAYOUTS.items())
         add(f"--n_{split}", type=int, default=argparse.SUPPRESS, help=f"{split} clips (default: {defaults})")
-    order = "msrvtt: add so many pairs of test clips that differ in frame order only, and as many a clip to train"
+    order = "msrvtt: add this many pairs of test clips that differ in frame order only, and to train in proportion"
     add("--order_pairs", type=int, default=0, help=order)
     plain = "plain: one a clip (paragraphs stay whole), with every fact in one fixed wording"
     add("--captions", choices=("varied", "plain"), default="varied", help=plain)
