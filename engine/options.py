@@ -309,9 +309,10 @@ def check_model(options: Options) -> None:
     if head.loose and not model.loose_type:
         tight = " or ".join(name for name in HEADS if not HEADS[name].loose)
         raise ValueError(f"--loose_type=false belongs to --sim_header {tight}, got --sim_header {head.name}")
-    if model.interaction != "no" and (not head.separable or head.video is not Head.video):
+    fitting = [name for name, kind in HEADS.items() if kind.separable and kind.video is Head.video]
+    if model.interaction != "no" and head.name not in fitting:
         problem = f"--interaction {model.interaction} takes the place of --sim_header {head.name}'s similarity"
-        raise ValueError(f"{problem}; use it with {' or '.join(n for n in HEADS if HEADS[n].video is Head.video)}")
+        raise ValueError(f"{problem}; use it with {' or '.join(fitting)}")
     if problem := LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction):
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]
