@@ -1,8 +1,12 @@
 """Flags: kept names, truthful booleans, and refusals that name the flag and the value."""
 
 import pytest
+import torch
+from tiny_models import SIZES, make_encoder
 
+from engine.build import build_head
 from engine.options import build_parser, parse_options
+from modules.heads import HEADS, Head
 
 BASE = [
     "--do_eval",
@@ -144,3 +148,37 @@ def test_auto_resume_goes_with_the_start_weights():
 def test_every_flag_has_a_help_text():
     for action in build_parser()._actions:
         assert action.help, action.option_strings
+
+
+def test_an_interaction_never_takes_the_place_of_a_heads_own_video_part(monkeypatch, capsys):
+    """It would be left out without a word: interactions compare words with the frames of the head, not with that."""
+
+    class Pooled(Head):
+        name = "pooled"
+
+        def video(self, features, mask):
+            return features[:, 0]
+
+    monkeypatch.setitem(HEADS, "pooled", Pooled)
+    error = refusal(capsys, [*BASE, "--sim_header", "pooled", "--interaction", "wti"])
+    assert "takes the place of --sim_header pooled's similarity; use it with meanP or seqLSTM or seqTransf" in error
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "given", "heads"),
+    [
+        ({}, [], None),
+        ({"activation": "quick_gelu"}, [], None),  # written by hand
+        ({"activation": "quick_gelu"}, ["--num_mha_heads", "2"], 2),
+        ({"sim_header": "xpool", "head_options": {"num_mha_heads": 2}}, [], 2),
+        ({"sim_header": "xpool"}, [], 1),  # of ours, from before the option
+    ],
+)
+def test_what_weights_do_not_show_is_asked_for(sidecar, given, heads):
+    options = parse_options([*BASE, "--sim_header", "xpool", *given])
+    tensors = {"pool_frames.q_proj.weight": torch.zeros(1)}
+    if heads is None:
+        with pytest.raises(ValueError, match="weights do not show --num_mha_heads: give the number"):
+            build_head(options, make_encoder("clip", SIZES), sidecar, tensors)
+    else:
+        assert build_head(options, make_encoder("clip", SIZES), sidecar, tensors).options.num_mha_heads == heads
