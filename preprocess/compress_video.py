@@ -11,14 +11,13 @@ Exit status: 0 all converted, 1 some were not, 2 the command cannot be carried o
 """
 
 import argparse
+import itertools
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,10 @@ import av.filter
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataloaders.video.decode import all_frames
-from dataloaders.video.packets import VideoInfo, VideoReadError, open_video, probe_video
+from dataloaders.video.counting import all_frames, with_truth
+from dataloaders.video.looks import ordinary, orientation
+from dataloaders.video.opening import VideoReadError
+from dataloaders.video.packets import VideoInfo
 from engine.progress import setup_logging
 from preprocess.parallel import run_parallel
 
@@ -38,8 +39,8 @@ EXTENSIONS = frozenset(
     + (".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".")  # DiDeMo has files whose name ends in a bare "."
 )
 ENCODER = "libx264"
-# Quarter turns clockwise that undo a frame's display rotation, given in degrees counter-clockwise.
-TURNS = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}
+# FFmpeg's filters for what `looks.orientation` tells: swap the axes, mirror, flip.
+TURNS = ("transpose=cclock_flip", "hflip", "vflip")
 
 
 class Job(NamedTuple):
@@ -52,12 +53,12 @@ class Job(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What an input shows: width and height in pixels as displayed, rotation of the stored frames, seconds or None."""
+    """What an input shows: width and height in pixels as displayed, the filters that turn it upright, seconds."""
 
     width: int
     height: int
-    rotation: int
-    duration: float | None
+    turns: tuple[str, ...]
+    duration: float
 
 
 def target_size(width: int, height: int, size: int) -> tuple[int, int]:
@@ -71,23 +72,9 @@ def look_at(info: VideoInfo) -> Look:
     """Decode the first frame of a probed video; raises VideoReadError when there is none."""
     if (frame := next(all_frames(info), None)) is None:
         raise VideoReadError(info.path, "no frame of it can be decoded")
-    rotation = round(frame.rotation) % 360
-    width, height = (frame.height, frame.width) if rotation in (90, 270) else (frame.width, frame.height)
-    container, stream = open_video(info.path)
-    with container:
-        # Of a program stream FFmpeg only guesses the duration.
-        guessed = container.format.name == "mpeg"
-        seconds = info.frame_count / info.fps if guessed else _duration(container, stream)
-        return Look(width, height, rotation, seconds)
-
-
-def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    # Matroska and WebM state a stream's length in a tag, if at all; that of the container includes its sound.
-    if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
-        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-    return container.duration / av.time_base if container.duration else None
+    turned = orientation(frame)
+    width, height = (frame.height, frame.width) if turned[0] else (frame.width, frame.height)
+    return Look(width, height, tuple(itertools.compress(TURNS, turned)), info.duration)
 
 
 def reencode(info: VideoInfo, output: Path, look: Look, fps: int, size: int) -> None:
@@ -97,18 +84,17 @@ def reencode(info: VideoInfo, output: Path, look: Look, fps: int, size: int) -> 
     """
     width, height = target_size(look.width, look.height, size)
     # eof_action=pass: a frame for every 1/fps s that has begun, so that the shortest clips keep one.
-    filters = [*TURNS.get(look.rotation, []), "setpts=PTS-STARTPTS", f"fps={fps}:eof_action=pass"]
+    filters = [*look.turns, "setpts=PTS-STARTPTS", f"fps={fps}:eof_action=pass"]
     filters += [f"scale={width}:{height}", "setsar=1", "format=yuv420p", "buffersink"]
     graph, first = av.filter.Graph(), None
     with av.open(str(output), "w") as writer:
         encoder = writer.add_stream(ENCODER, rate=fps, width=width, height=height, pix_fmt="yuv420p")
         encoder.codec_context.thread_count = 1  # the videos are already spread over the cores
-        for number, frame in enumerate(chain(all_frames(info), [None])):
+        for frame in itertools.chain(all_frames(info), [None]):
             if frame is not None:
-                if frame.is_corrupt:  # behind guessed pixels nothing could notice it any more
-                    raise VideoReadError(info.path, f"frame {number} is damaged")
                 if frame.pts is None:
                     frame.pts = frame.dts  # AVI stores no presentation times
+                frame = ordinary(frame)
                 shape: dict[str, Any] = {"width": frame.width, "height": frame.height, "format": frame.format.name}
                 if first is None:
                     first, source = shape, graph.add_buffer(**shape, time_base=frame.time_base or info.time_base)
@@ -120,6 +106,9 @@ def reencode(info: VideoInfo, output: Path, look: Look, fps: int, size: int) -> 
             with suppress(av.BlockingIOError, av.EOFError):  # until the next frame, or for good
                 while True:
                     small: Any = graph.pull()
+                    if not encoder.codec_context.is_open:  # the copy is to be read in the colours of its source
+                        for tag in ("colorspace", "color_range", "color_trc", "color_primaries"):
+                            setattr(encoder.codec_context, tag, getattr(small, tag))
                     small.pict_type = av.video.frame.PictureType.NONE  # the encoder decides, not the source
                     writer.mux(encoder.encode(small))
         writer.mux(encoder.encode(None))
@@ -141,11 +130,11 @@ def why_unfit(look: Look, output: Path, fps: int, size: int) -> str | None:
                 return f"has {float(stream.average_rate or Fraction(0)):g} frames a second, not {fps}"
             if next(container.decode(stream), None) is None:
                 return "has no frame that can be decoded"
-            duration = _duration(container, stream)
+            duration = float(stream.duration * stream.time_base)
     except (av.FFmpegError, OSError) as error:
         return f"cannot be opened: {error}"
-    # Rounding to whole frames at either end, and what sound or a lazy header adds to the stated length of an input.
-    if look.duration is not None and abs(duration - look.duration) > max(1.0, 2 / fps, 0.02 * look.duration):
+    # Rounding to whole frames at either end, and a last picture that lasts longer or shorter than the others.
+    if abs(duration - look.duration) > max(1.0, 2 / fps, 0.02 * look.duration):
         return f"lasts {duration:.2f} s, the original {look.duration:.2f} s"
     return None
 
@@ -156,20 +145,26 @@ def convert(job: Job) -> tuple[str, str]:
     Returns ("converted" | "kept" | "failed", the reason of a failure).
     """
     part = job.output.with_name(f".{job.output.name}.part.mp4")  # hidden: no reader takes a half-written file
-    try:
-        info = probe_video(job.source)
+
+    def write(info: VideoInfo) -> str:
         look = look_at(info)
         if job.output.is_file() and why_unfit(look, job.output, job.fps, job.size) is None:
-            return "kept", ""
+            return "kept"
         job.output.parent.mkdir(parents=True, exist_ok=True)
         reencode(info, part, look, job.fps, job.size)
         if trouble := why_unfit(look, part, job.fps, job.size):
             raise VideoReadError(job.source, f"the result {trouble}")
         os.replace(part, job.output)
+        return "converted"
+
+    try:
+        state = with_truth(str(job.source), write)
     except (VideoReadError, av.FFmpegError, OSError) as error:
         part.unlink(missing_ok=True)
         reason = error.cause if isinstance(error, VideoReadError) else f"{type(error).__name__}: {error}"
         return copy_original(job, reason)
+    if state == "kept":
+        return state, ""
     if job.output.name != job.source.name:
         job.output.with_name(job.source.name).unlink(missing_ok=True)  # an earlier run could only copy it
     return "converted", ""

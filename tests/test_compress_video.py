@@ -15,7 +15,7 @@ import pytest
 from launching import LIMIT, ROOT
 from video_files import copy_stream, cut_bytes, flip_bits, make_audio, make_video, number_of
 
-from dataloaders.video.decode import VideoReadError, decode_frames, probe_video
+from dataloaders.video import VideoReadError, decode_frames, probe_video
 from preprocess.compress_video import Look, look_at, main, target_size, why_unfit
 from preprocess.parallel import run_parallel
 
@@ -176,15 +176,15 @@ def test_an_empty_folder_exits_with_2(root, capsys):
 
 def test_why_unfit_tells_size_rate_and_duration(tmp_path):
     video = make_video(tmp_path / "a.mp4", 9, fps=3, size=(336, 224))
-    look = Look(width=96, height=64, rotation=0, duration=3.0)
+    look = Look(width=96, height=64, turns=(), duration=3.0)
     assert why_unfit(look, video, 3, 224) is None
     assert why_unfit(look, video, 3, 112) == "is 336x224, not 168x112"
     assert why_unfit(look, video, 2, 224) == "has 3 frames a second, not 2"
-    assert "lasts 3.00 s, the original 9.00 s" in why_unfit(Look(96, 64, 0, 9.0), video, 3, 224)
+    assert "lasts 3.00 s, the original 9.00 s" in why_unfit(Look(96, 64, (), 9.0), video, 3, 224)
     mpeg4 = make_video(tmp_path / "b.mp4", 9, fps=3, size=(336, 224), codec="mpeg4")
     assert why_unfit(look, mpeg4, 3, 224) == "is mpeg4, not H.264"
     look = look_at(probe_video(make_video(tmp_path / "c.mp4", 30, rotation=90)))
-    assert (look.width, look.height, look.rotation, look.duration) == (64, 96, 90, 1.0)
+    assert look == Look(64, 96, ("transpose=cclock_flip", "vflip"), 1.0)
 
 
 def die_on_three(number: int) -> int:

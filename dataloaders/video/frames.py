@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dataloaders.video.rules import RULES
 from plugins import from_flags
+
+if TYPE_CHECKING:
+    from dataloaders.video.packets import VideoInfo
 
 
 def order_frames(indices: Sequence[int], frame_order: int, generator: np.random.Generator | None = None) -> list[int]:
@@ -88,3 +91,20 @@ class FrameSampling:
                 f"({frame_count} frames at {fps:g} frames per second)"
             )
         return [int(index) for index in indices]
+
+
+def choose_of(
+    sampling: FrameSampling,
+    info: VideoInfo,
+    start: float | None = None,
+    end: float | None = None,
+    generator: np.random.Generator | None = None,
+) -> list[int]:
+    """`sampling.choose` for a video; of one with less than a frame a second, for which no rule was made, all frames of
+    the span, spread where there are too many. Raises ValueError as `choose` does."""
+    if info.fps >= 1:
+        return sampling.choose(info.fps, info.frame_count, start, end, generator)
+    slow = FrameSampling("stride", max_frames=sampling.max_frames)
+    # Scaled to a frame a second, every frame is one second of the rule.
+    first, last = (None if time is None else time * info.fps for time in (start, end))
+    return slow.choose(1.0, info.frame_count, first, last)
