@@ -7,7 +7,6 @@ from typing import Any
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
 BT709, BT2020 = 1, 9  # code points of colour primaries (1 also of a transfer curve)
@@ -56,7 +55,7 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """What turns a stored picture into the one to be shown, in this order: swap its axes, mirror it left to right, flip
     it upside down. From the frame's display matrix (ISO 14496-12, 6.2.2); a slanted one counts as the nearest of these.
     """
-    matrix: Any = frame.side_data.get(SideData.DISPLAYMATRIX)
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
