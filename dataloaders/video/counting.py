@@ -14,7 +14,7 @@ from typing import TypeVar
 import av
 import numpy as np
 
-from dataloaders.video.h264 import Continuity, Headers
+from dataloaders.video.h264 import Continuity
 from dataloaders.video.opening import READ_ERRORS, NotAsPlanned, VideoReadError, open_decoder
 from dataloaders.video.packets import Seen, VideoInfo, _seen, first_keyframe, identity, probe_video, remember
 
@@ -82,7 +82,7 @@ def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.Video
     count = 0
     container, stream = open_decoder(info.path, info.stream, strict)
     decoder = stream.codec_context
-    continuity = None if strict else Continuity(Headers(decoder.extradata))
+    continuity = Continuity(decoder.extradata, restarts=strict) if info.codec == "h264" else None
     if not strict:
         feed = np.logical_or.accumulate(feed)  # what leads is needed for the numbers, and not shown
     with container:

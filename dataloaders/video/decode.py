@@ -18,7 +18,7 @@ import numpy as np
 
 from dataloaders.video.counting import all_frames, complains, strictness, with_truth
 from dataloaders.video.frames import FrameSampling, choose_of
-from dataloaders.video.h264 import Continuity, Headers
+from dataloaders.video.h264 import Continuity
 from dataloaders.video.looks import upright_rgb
 from dataloaders.video.opening import READ_ERRORS, NotAsPlanned, VideoReadError, open_decoder, unhidden
 from dataloaders.video.packets import VideoInfo
@@ -190,7 +190,7 @@ def _frames_of_run(
 ) -> Iterator[av.VideoFrame]:
     begin = info.packet_pts[run.first]
     unwanted: Any = "NONREF" if info.codec in SKIPPING_CODECS else "DEFAULT"
-    continuity = None if strict else Continuity(Headers(decoder.extradata))
+    continuity = Continuity(decoder.extradata, restarts=strict) if info.codec == "h264" else None
     leads = run.first == np.flatnonzero(info.packet_key)[0]
     begun = False
 

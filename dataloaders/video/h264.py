@@ -171,10 +171,18 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
 
 
 class Continuity:
-    """Whether reference pictures are missing between the packets of a stream, by their numbers (7.4.3, frame_num)."""
+    """Whether reference pictures are missing between the packets of a stream, by their numbers (7.4.3, frame_num).
 
-    def __init__(self, headers: Headers) -> None:
-        self.headers = headers
+    FFmpeg puts copies in their places without a word. restarts: let a number of 0 or 1 pass anywhere, to which an
+    operation that sets all references free leads (8.2.1); it stands too deep in the header to be looked for.
+    """
+
+    def __init__(self, extradata: bytes | None, restarts: bool) -> None:
+        try:
+            self.headers = Headers(extradata)
+        except (ValueError, IndexError):
+            self.headers = Headers(None)
+        self.restarts = restarts
         self.last: int | None = None  # number of the latest reference picture; None: none seen yet
 
     def follows(self, packet: bytes) -> bool:
@@ -190,4 +198,4 @@ class Continuity:
         # A picture that none leans on has the next number, too, but does not use it up.
         if here.reference or self.last is None:
             self.last = here.number if here.reference else (here.number - 1) % here.modulus
-        return expected
+        return expected or (self.restarts and here.number < 2)

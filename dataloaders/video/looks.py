@@ -47,7 +47,9 @@ def ordinary(frame: av.VideoFrame) -> av.VideoFrame:
     if frame.color_primaries != BT2020:
         return frame
     mapped = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb(frame)), format="rgb24")
-    mapped.pts, mapped.time_base = frame.pts, frame.time_base
+    mapped.pts = frame.pts
+    if frame.time_base:
+        mapped.time_base = frame.time_base
     return mapped
 
 

@@ -69,4 +69,4 @@ def seconds_shown(ticks: Sequence[Packet], shown: set[int], time_base: Fraction,
     repeated = [p.dts + p.duration for p in ticks if not p.size and p.dts is not None]
     after = float((max(repeated, default=0) - int(stamps[last])) * time_base) if repeated else 0.0
     unknown = (len(film) - 1 - (known[-1] - known[0])) * mean
-    return span + unknown + max(own if own >= mean / 2 else mean, after)
+    return span + unknown + max(own if own > 0.9 * mean else mean, after)
