@@ -348,6 +348,15 @@ def test_a_random_rule_draws_the_same_whether_or_not_a_file_had_to_be_counted(tm
     assert np.array_equal(first, second)
 
 
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    make_video(tmp_path / "clip.mp4", 90)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "videos.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert (names["info"].fps, names["info"].frame_count, names["frames"].shape) == (30, 90, (3, 64, 96, 3))
+
+
 def test_damage_stays_refused_in_files_that_are_odd(tmp_path):
     source = make_video(tmp_path / "source.mkv", 90, codec_options=OPEN_GOP)
     cut = copy_stream(source, tmp_path / "cut.mkv", lambda position, _: position >= 28)

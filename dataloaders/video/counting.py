@@ -82,7 +82,7 @@ def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.Video
     count = 0
     container, stream = open_decoder(info.path, info.stream, strict)
     decoder = stream.codec_context
-    continuity = Continuity(decoder.extradata, restarts=strict) if info.codec == "h264" else None
+    continuity = Continuity(decoder.extradata, forgiving=strict) if info.codec == "h264" else None
     if not strict:
         feed = np.logical_or.accumulate(feed)  # what leads is needed for the numbers, and not shown
     with container:

@@ -190,7 +190,7 @@ def _frames_of_run(
 ) -> Iterator[av.VideoFrame]:
     begin = info.packet_pts[run.first]
     unwanted: Any = "NONREF" if info.codec in SKIPPING_CODECS else "DEFAULT"
-    continuity = Continuity(decoder.extradata, restarts=strict) if info.codec == "h264" else None
+    continuity = Continuity(decoder.extradata, forgiving=strict) if info.codec == "h264" else None
     leads = run.first == np.flatnonzero(info.packet_key)[0]
     begun = False
 

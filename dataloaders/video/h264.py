@@ -173,16 +173,17 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
 class Continuity:
     """Whether reference pictures are missing between the packets of a stream, by their numbers (7.4.3, frame_num).
 
-    FFmpeg puts copies in their places without a word. restarts: let a number of 0 or 1 pass anywhere, to which an
-    operation that sets all references free leads (8.2.1); it stands too deep in the header to be looked for.
+    FFmpeg puts copies in their places without a word. forgiving: let pass what may be right: a number of 0 or 1, to
+    which an operation that sets all references free leads (8.2.1; it stands too deep in the header to be looked for),
+    and a header that cannot be read here, but perhaps by the decoder.
     """
 
-    def __init__(self, extradata: bytes | None, restarts: bool) -> None:
+    def __init__(self, extradata: bytes | None, forgiving: bool) -> None:
         try:
             self.headers = Headers(extradata)
         except (ValueError, IndexError):
             self.headers = Headers(None)
-        self.restarts = restarts
+        self.forgiving = forgiving
         self.last: int | None = None  # number of the latest reference picture; None: none seen yet
 
     def follows(self, packet: bytes) -> bool:
@@ -190,7 +191,7 @@ class Continuity:
         try:
             here = self.headers.first_slice(packet)
         except ValueError:
-            return False
+            return self.forgiving
         if here is None:
             return True
         expected = self.last is None or here.idr or here.gaps_allowed
@@ -198,4 +199,4 @@ class Continuity:
         # A picture that none leans on has the next number, too, but does not use it up.
         if here.reference or self.last is None:
             self.last = here.number if here.reference else (here.number - 1) % here.modulus
-        return expected or (self.restarts and here.number < 2)
+        return expected or (self.forgiving and here.number < 2)
