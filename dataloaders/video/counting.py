@@ -17,9 +17,8 @@ import numpy as np
 from dataloaders.video.h264 import Continuity
 from dataloaders.video.opening import READ_ERRORS, NotAsPlanned, VideoReadError, open_decoder
 from dataloaders.video.packets import Seen, VideoInfo, _seen, first_keyframe, identity, probe_video, remember
+from dataloaders.video.pictures import uncoded_mpeg4
 
-# An MPEG-4 packet of at most so many bytes says "as before", and gives no picture (the placeholders of packed streams).
-NO_PICTURE_BYTES = 19
 # Their decoders leave out by themselves what leans on pictures before the beginning.
 DROPS_LEADING = {"hevc", "vvc", "mpeg1video", "mpeg2video"}
 Result = TypeVar("Result")
@@ -46,16 +45,19 @@ def complains(info: VideoInfo) -> None:
 def with_truth(path: str, use: Callable[[VideoInfo], Result], info: VideoInfo | None = None) -> Result:
     """use(what the file holds), and where that does not come true, once more with what decoding all of it showed."""
     info = info or probe_video(path)
-    try:
-        return use(info)
-    except NotAsPlanned as failure:
-        if info.counted:
-            raise
+    failure: VideoReadError | None = None
+    if not info.doubtful:
         try:
-            remember(_seen, path, _see(info))
-        except VideoReadError as error:
-            raise failure from error
-        return use(probe_video(path))
+            return use(info)
+        except NotAsPlanned as error:
+            if info.counted:
+                raise
+            failure = error
+    try:
+        remember(_seen, path, _see(info))
+    except VideoReadError as error:
+        raise failure or error from error
+    return use(probe_video(path))
 
 
 def all_frames(info: VideoInfo, strict: bool | None = None) -> Generator[av.VideoFrame, None, None]:
@@ -90,10 +92,12 @@ def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.Video
         packets = (packet for packet in container.demux(stream) if packet.size)
         try:
             for packet in itertools.chain(itertools.compress(packets, feed), [None]):
-                if continuity and packet and not continuity.follows(bytes(packet)):
+                if continuity and packet and not continuity.follows(packet):
                     raise NotAsPlanned(info.path, f"pictures are missing after frame {count}")
                 for frame in decoder.decode(packet):
-                    if frame.is_corrupt:
+                    if not (count or frame.key_frame):
+                        raise NotAsPlanned(info.path, "its first picture leans on others that it does not hold")
+                    if frame.is_corrupt or (continuity and frame.pts in continuity.doubtful):
                         raise NotAsPlanned(info.path, f"frame {count} is damaged")
                     yield frame
                     count += 1
@@ -135,8 +139,9 @@ def _explained(info: VideoInfo, shown: list, feed: np.ndarray, leading: np.ndarr
     if info.codec == "mpeg4":
         container, stream = open_decoder(info.path, info.stream, strict=True)
         with container:
-            sizes = [packet.size for packet in container.demux(stream) if packet.size]
-        due &= np.array(sizes) > NO_PICTURE_BYTES
+            before, packets = stream.codec_context.extradata, (p for p in container.demux(stream) if p.size)
+            # Placeholders are small. Of packed streams, they stand for a picture that the packet before them brought.
+            due &= ~np.array([p.size < 32 and uncoded_mpeg4(bytes(p), before) for p in packets])
     where = {time: position for position, time in enumerate(pts.tolist())}
     times = [time for time, _ in shown]
     if len(pts) and len(where) == len(pts) and len(set(times)) == len(times) and where.keys() >= set(times):

@@ -154,6 +154,9 @@ def _selected(info: VideoInfo, wanted: Sequence[int], strict: bool) -> Iterator[
     """Numbered frames, decoding only from governing keyframes to wanted frames, without what no other picture needs."""
     numbers = dict(zip(info.packet_pts[info.frame_packets[wanted]].tolist(), wanted))
     runs = plan_runs(info, wanted)
+    # All numbers stand on the first keyframe: whether it is one is always looked at.
+    if runs[0].first > (first := int(np.flatnonzero(info.packet_key)[0])):
+        runs.insert(0, Run(first, first, {}))
     container, stream = open_decoder(info.path, info.stream, strict)
     with container:
         for frame in _frames_of_runs(info, container, stream, runs, strict):
@@ -202,14 +205,14 @@ def _frames_of_run(
             if not begun and not (frame.key_frame and (frame.pts == begin or leads)):
                 raise NotAsPlanned(info.path, f"packet {run.first} is called a keyframe, and is none")
             begun = True
-            if not strict and frame.is_corrupt:
+            if (not strict and frame.is_corrupt) or (continuity and frame.pts in continuity.doubtful):
                 raise NotAsPlanned(info.path, "a picture is damaged")
             yield frame
 
     for here, packet in zip(range(run.first, run.last + 1), packets):
         if packet.pts != info.packet_pts[here]:
             raise NotAsPlanned(info.path, f"packet {here} has time {packet.pts} on a second reading")
-        if continuity and not continuity.follows(bytes(packet)):
+        if continuity and not continuity.follows(packet):
             raise NotAsPlanned(info.path, f"pictures are missing before packet {here}")
         # Shown before the keyframe of this run, a picture leans on the one before, and nothing shown in this run leans
         # on it. Without strictness it is needed for the numbers of the others.
@@ -218,6 +221,8 @@ def _frames_of_run(
             yield from checked(decoder.decode(unhidden(packet) if here == run.first else packet))
     yield from checked(decoder.decode(None))
     decoder.flush_buffers()
+    if not begun:
+        raise NotAsPlanned(info.path, f"nothing comes out from packet {run.first} on")
 
 
 def _collect(

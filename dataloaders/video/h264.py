@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import av
+
 # Profiles whose parameter sets describe colour sampling and scaling (7.3.2.1.1).
 HIGH_PROFILES = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}
-SLICE, IDR, PARAMETERS, PICTURE_PARAMETERS = 1, 5, 7, 8
+SLICE, IDR, MESSAGE, PARAMETERS, PICTURE_PARAMETERS = 1, 5, 6, 7, 8
+RECOVERY_POINT = 6  # type of a message: from here on, decoding can begin (D.1.8)
 ENOUGH = 64  # bytes that surely hold a slice header's beginning
 
 
-class _Bits:
+class Bits:
     """Bits of a header, with the bytes left out that keep start codes unique (7.4.1)."""
 
     def __init__(self, data: bytes) -> None:
@@ -45,9 +48,13 @@ class _Parameters:
 
 @dataclass(frozen=True)
 class Slice:
-    """The first slice of a packet. `number`: its frame_num, which counts reference pictures modulo `modulus`."""
+    """The first slice of a packet. `number`: its frame_num, which counts reference pictures modulo `modulus`.
+
+    start: decoding can begin here, with an IDR picture (`idr`) or another that needs none before it.
+    """
 
     idr: bool
+    start: bool
     reference: bool
     number: int
     modulus: int
@@ -98,12 +105,12 @@ class Headers:
 
     def _parameter_set(self, unit: bytes) -> None:
         if unit and unit[0] & 31 == PARAMETERS:
-            bits = _Bits(unit[1:])
+            bits = Bits(unit[1:])
             profile = bits.u(24) >> 16
             number = bits.ue()
             self.parameters[number] = _read_parameters(bits, profile)
         elif unit and unit[0] & 31 == PICTURE_PARAMETERS:
-            bits = _Bits(unit[1:ENOUGH])
+            bits = Bits(unit[1:ENOUGH])
             number = bits.ue()
             self.picture_parameters[number] = bits.ue()
 
@@ -117,12 +124,15 @@ class Headers:
 
         Raises ValueError for a header that cannot be read.
         """
+        recovery = False
         for unit in self._units(packet):
             kind = unit[0] & 31 if unit else 0
-            if kind in (PARAMETERS, PICTURE_PARAMETERS):
+            if kind == MESSAGE:
+                recovery = recovery or _holds_recovery_point(unit[1:])
+            elif kind in (PARAMETERS, PICTURE_PARAMETERS):
                 self._parameter_set(unit)
             elif kind in (SLICE, 2, IDR):
-                bits = _Bits(unit[1:ENOUGH])
+                bits = Bits(unit[1:ENOUGH])
                 bits.ue(), bits.ue()  # first macroblock, slice type
                 parameters = self.parameters.get(self.picture_parameters.get(bits.ue(), -1))
                 if parameters is None:
@@ -133,11 +143,29 @@ class Headers:
                 field = not parameters.frames_only and bool(bits.u(1))
                 bottom = field and bool(bits.u(1))
                 modulus = 1 << parameters.frame_number_bits
-                return Slice(kind == IDR, bool(unit[0] & 0x60), number, modulus, parameters.gaps_allowed, field, bottom)
+                idr, reference, gaps = kind == IDR, bool(unit[0] & 0x60), parameters.gaps_allowed
+                return Slice(idr, idr or recovery, reference, number, modulus, gaps, field, bottom)
         return None
 
 
-def _read_parameters(bits: _Bits, profile: int) -> _Parameters:
+def _holds_recovery_point(messages: bytes) -> bool:
+    place = 0
+    while place + 2 < len(messages):  # 7.3.2.3.1: type and size, each with a byte of 255 for as often as that fits
+        kind = size = 0
+        while place < len(messages) and messages[place] == 255:
+            kind, place = kind + 255, place + 1
+        kind, place = kind + messages[place], place + 1
+        while place < len(messages) and messages[place] == 255:
+            size, place = size + 255, place + 1
+        if place >= len(messages):
+            return False
+        place += 1 + size + messages[place]
+        if kind == RECOVERY_POINT:
+            return True
+    return False
+
+
+def _read_parameters(bits: Bits, profile: int) -> _Parameters:
     colour = 1
     separate = False
     if profile in HIGH_PROFILES:
@@ -162,7 +190,7 @@ def _read_parameters(bits: _Bits, profile: int) -> _Parameters:
     return _Parameters(separate, frame_number_bits, gaps_allowed, bool(bits.u(1)))
 
 
-def _skip_scaling_list(bits: _Bits, size: int) -> None:
+def _skip_scaling_list(bits: Bits, size: int) -> None:
     last = following = 8
     for _ in range(size):
         if following:
@@ -173,7 +201,7 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
 class Continuity:
     """Whether reference pictures are missing between the packets of a stream, by their numbers (7.4.3, frame_num).
 
-    FFmpeg puts copies in their places without a word. forgiving: let pass what may be right: a number of 0 or 1, to
+    FFmpeg puts copies in their places without a word. forgiving: let pass what may be right: a number of 1, to
     which an operation that sets all references free leads (8.2.1; it stands too deep in the header to be looked for),
     and a header that cannot be read here, but perhaps by the decoder.
     """
@@ -185,11 +213,16 @@ class Continuity:
             self.headers = Headers(None)
         self.forgiving = forgiving
         self.last: int | None = None  # number of the latest reference picture; None: none seen yet
+        self.start: int | None = None  # time of a keyframe before which pictures are missing
+        self.doubtful: set[int | None] = set()  # times of pictures that lead it: they lean on what is missing
 
-    def follows(self, packet: bytes) -> bool:
-        """Take the next packet in file order; False where pictures between it and the one before are missing."""
+    def follows(self, packet: av.Packet) -> bool:
+        """Take the next packet in file order; False where pictures between it and the one before are missing.
+
+        Not where decoding can begin anew: streams that were cut and joined go on there.
+        """
         try:
-            here = self.headers.first_slice(packet)
+            here = self.headers.first_slice(bytes(packet))
         except ValueError:
             return self.forgiving
         if here is None:
@@ -199,4 +232,12 @@ class Continuity:
         # A picture that none leans on has the next number, too, but does not use it up.
         if here.reference or self.last is None:
             self.last = here.number if here.reference else (here.number - 1) % here.modulus
-        return expected or (self.forgiving and here.number < 2)
+        if here.start:
+            self.start = None if expected else packet.pts
+            return True
+        if self.start is not None and packet.pts is not None:
+            if packet.pts < self.start:
+                self.doubtful.add(packet.pts)
+            else:
+                self.start = None
+        return expected or (self.forgiving and here.number == 1)

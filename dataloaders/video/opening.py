@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -58,26 +59,19 @@ def open_video(path: str, index: int | None = None) -> tuple[av.container.InputC
         raise VideoReadError(path, "it holds no video stream that can be decoded")
     if index is not None:
         return container, next(stream for stream in container.streams.video if stream.index == index)
-    if len(films) > 1:
-        # A still picture may come before the film. Matroska does not count frames: look for the first that has two.
-        film = next((stream for stream in films if stream.frames > 1), None) or _first_moving(path, films)
-        return container, film
-    return container, films[0]
+    return container, films[0] if len(films) == 1 else _first_moving(path, films)
 
 
 def _first_moving(path: str, films: Sequence[av.VideoStream]) -> av.VideoStream:
-    seen: set[int] = set()
-    wanted = {stream.index for stream in films}
-    try:
-        with av.open(f"file:{path}") as container:
-            for packet in container.demux():
-                if packet.size and packet.stream_index in seen:
-                    return next(stream for stream in films if stream.index == packet.stream_index)
-                if packet.size and packet.stream_index in wanted:
-                    seen.add(packet.stream_index)
-    except READ_ERRORS:
-        pass  # whoever reads the stream meets the error, too
-    return films[0]
+    """The first of several streams, unless it is a still picture: those have one packet."""
+    packets = dict.fromkeys((stream.index for stream in films), 0)
+    with contextlib.suppress(*READ_ERRORS), av.open(f"file:{path}") as container:
+        for packet in container.demux():
+            if packet.size and packet.stream_index in packets:
+                packets[packet.stream_index] += 1
+            if packets[films[0].index] > 1:
+                break
+    return next((stream for stream in films if packets[stream.index] > 1), films[0])
 
 
 def open_decoder(path: str, index: int, strict: bool) -> tuple[av.container.InputContainer, av.VideoStream]:

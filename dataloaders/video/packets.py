@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import av
 import numpy as np
 
 from dataloaders.video.opening import READ_ERRORS, VideoReadError, open_decoder, open_video, unhidden
-from dataloaders.video.pictures import picture_counter, shown_though_leading
+from dataloaders.video.pictures import H264Pictures, picture_counter, shown_though_leading
 from dataloaders.video.promises import Packet, missing_part
 from dataloaders.video.rates import frame_rate, seconds_shown
 
@@ -40,6 +40,7 @@ class VideoInfo:
     packet_key, packet_decodable, packet_hidden: bool flags of the same packets: keyframes; what can be decoded from the
     beginning of the file; what an edit list hides. packet_pictures: int64, how many pictures each adds.
     frame_packets: int64 [frame_count], the packet of every frame (empty where packet_pts is).
+    doubtful: the packets tell that they do not tell all; only decoding can count.
     notes: what users should know about the file, in words.
     """
 
@@ -59,6 +60,7 @@ class VideoInfo:
     frame_packets: np.ndarray = field(repr=False)
     stream: int = 0
     counted: bool = False
+    doubtful: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -107,7 +109,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     container, stream = open_video(path)
     with container:
         try:
-            ticks, leading_alone = _read_packets(container, stream)
+            ticks, leading_alone, doubtful = _read_packets(container, stream)
             if all(packet.hidden for packet in ticks if packet.size):
                 raise VideoReadError(path, "it holds no frames")
             cause = missing_part(path, container, stream, ticks)
@@ -115,7 +117,8 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
             raise VideoReadError(path, f"it cannot be read to its end ({error})") from error
         if cause:
             raise VideoReadError(path, cause)
-        return _summary(path, container, stream, ticks, leading_alone)
+        info = _summary(path, container, stream, ticks, leading_alone)
+        return replace(info, doubtful=doubtful and not info.counted)
 
 
 def _summary(
@@ -169,9 +172,11 @@ def _summary(
     )
 
 
-def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[Packet], np.ndarray]:
+def _read_packets(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[list[Packet], np.ndarray, bool]:
     """All packets of a stream in file order, and the numbers (without empty ones) of those at the beginning that are
-    shown before the first keyframe though they follow it, and need only that one."""
+    shown before the first keyframe though they follow it, and need only that one; whether only decoding can count."""
     counter, codec = picture_counter(stream), stream.codec_context.name
     packets: list[Packet] = []
     leading: list[int] = []
@@ -192,7 +197,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
         flags = (key, packet.is_discard, packet.is_corrupt)
         packets.append(Packet(packet.pts, packet.dts, packet.duration or 0, size, *flags, pictures))
         number += size > 0
-    return packets, np.array(leading, np.int64)
+    return packets, np.array(leading, np.int64), isinstance(counter, H264Pictures) and counter.joined
 
 
 def _decodable(key: np.ndarray, pts: np.ndarray, leading_alone: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ two packets a picture. Decoding would tell, too, at a hundred times the cost.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import av
 
-from dataloaders.video.h264 import Headers
+from dataloaders.video.h264 import Bits, Headers, Slice
 
 Counter = Callable[[av.Packet], int]
 
@@ -22,7 +23,7 @@ def picture_counter(stream: av.VideoStream) -> Counter | None:
         return lambda packet: _vp8(bytes(packet))
     if codec.name == "vp9":
         return lambda packet: _vp9(bytes(packet))
-    return _fields(codec.extradata) if codec.name == "h264" else None
+    return H264Pictures(codec.extradata) if codec.name == "h264" else None
 
 
 def _vp8(packet: bytes) -> int:
@@ -49,32 +50,45 @@ def _vp9_shown(first: int) -> int:
     return existing or shown
 
 
-def _fields(extradata: bytes | None) -> Counter:
-    """Of H.264: two packets may hold the two fields of one picture."""
-    try:
-        headers = Headers(extradata)
-    except (ValueError, IndexError):
-        headers = Headers(None)
-    waiting: list[tuple[int, bool]] = []  # number and parity of a first field whose second has not come
+class H264Pictures:
+    """Counter of H.264, where two packets may hold the two fields of one picture.
 
-    def pictures(packet: av.Packet) -> int:
-        # What a keyframe brings along counts more than what the container says of the stream.
-        if headers.frames_only and not packet.is_keyframe:
-            return 1
+    joined: pictures are missing before a keyframe that is no IDR picture. Streams were joined there, or packets lost;
+    how many of the pictures around it are shown, only decoding tells.
+    """
+
+    def __init__(self, extradata: bytes | None) -> None:
         try:
-            here = headers.first_slice(bytes(packet))
-        except ValueError:
-            here = None
-        if here is None or not here.field:
-            waiting.clear()
-            return 1
-        if waiting == [(here.number, not here.bottom)]:
-            waiting.clear()
-            return 0
-        waiting[:] = [(here.number, here.bottom)]
-        return 1
+            self.headers = Headers(extradata)
+        except (ValueError, IndexError):
+            self.headers = Headers(None)
+        self.joined = False
+        self.recent: deque[av.Packet] = deque(maxlen=32)
+        self.waiting: tuple[int, bool] | None = None  # number and parity of a first field, its second has not come
 
-    return pictures
+    def __call__(self, packet: av.Packet) -> int:
+        # What a keyframe brings along counts more than what the container says of the stream.
+        if self.headers.frames_only and not packet.is_keyframe:
+            self.recent.append(packet)
+            return 1
+        here = self._slice(packet)
+        if here and here.start and not (here.idr or here.gaps_allowed):
+            before = next((s for s in map(self._slice, reversed(self.recent)) if s and s.reference), None)
+            expected = (before.number, (before.number + 1) % before.modulus) if before else (here.number,)
+            self.joined = self.joined or here.number not in expected
+        self.recent.append(packet)
+        if here is None or not here.field:
+            self.waiting = None
+            return 1
+        second = self.waiting == (here.number, not here.bottom)
+        self.waiting = None if second else (here.number, here.bottom)
+        return 0 if second else 1
+
+    def _slice(self, packet: av.Packet) -> Slice | None:
+        try:
+            return self.headers.first_slice(bytes(packet))
+        except ValueError:
+            return None
 
 
 def shown_though_leading(codec: str, key: bytes, packet: bytes) -> bool:
@@ -107,3 +121,42 @@ def _unit_type(codec: str, packet: bytes) -> int:
                 return kind
         place = after
     return -1
+
+
+def uncoded_mpeg4(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether an MPEG-4 packet says "as before" and holds no picture: vop_coded is 0 (ISO 14496-2, 6.2.5)."""
+    layer = _after(extradata or b"", range(0x20, 0x30)) or _after(packet, range(0x20, 0x30))
+    plane = _after(packet, range(0xB6, 0xB7))
+    if layer is None or plane is None:
+        return False
+    try:
+        bits = Bits(layer)
+        bits.u(9)
+        if bits.u(1):
+            bits.u(7)
+        if bits.u(4) == 15:
+            bits.u(16)
+        if bits.u(1):
+            bits.u(3)
+            if bits.u(1):
+                bits.u(79)
+        bits.u(3)  # shape, marker
+        ticks = bits.u(16)
+        bits = Bits(plane)
+        bits.u(2)
+        while bits.u(1):
+            pass
+        bits.u(2 + max((ticks - 1).bit_length(), 1))  # two markers around the time
+        return not bits.u(1)
+    except ValueError:
+        return False
+
+
+def _after(data: bytes, codes: range) -> bytes | None:
+    """What follows a start code, its first bytes."""
+    place = data.find(b"\0\0\1")
+    while 0 <= place < len(data) - 3:
+        if data[place + 3] in codes:
+            return data[place + 4 : place + 36]
+        place = data.find(b"\0\0\1", place + 3)
+    return None

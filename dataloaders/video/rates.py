@@ -48,7 +48,9 @@ def seconds_shown(ticks: Sequence[Packet], shown: set[int], time_base: Fraction,
     """
     numbers = iter(range(len(ticks)))
     film = [packet for packet in ticks if packet.size and next(numbers) in shown]
-    by_dts = any(packet.pts is None for packet in film)
+    # Elsewhere than in containers that keep them, presentation times may be made up.
+    by_dts = not own_times or any(packet.pts is None for packet in film)
+    by_dts = by_dts and any(packet.dts is not None for packet in film)
     times = [packet.dts if by_dts else packet.pts for packet in film]
     known = [number for number, time in enumerate(times) if time is not None]
     if len(known) < 2:
