@@ -20,6 +20,7 @@ from dataloaders.video.packets import Seen, VideoInfo, _seen, first_keyframe, id
 from dataloaders.video.pictures import uncoded_mpeg4
 
 # Their decoders leave out by themselves what leans on pictures before the beginning.
+MOST_LEADING = 16  # pictures that any codec shows before a keyframe that it decoded first
 DROPS_LEADING = {"hevc", "vvc", "mpeg1video", "mpeg2video"}
 Result = TypeVar("Result")
 _complaining: OrderedDict[tuple, bool] = OrderedDict()  # H.264 whose decoder complains of what is no damage
@@ -81,7 +82,7 @@ def all_frames(info: VideoInfo, strict: bool | None = None) -> Generator[av.Vide
 
 def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.VideoFrame]:
     """What the decoder shows of the packets that `feed` (bool, file order) selects. Raises NotAsPlanned at damage."""
-    count = 0
+    count, first_key = 0, None
     container, stream = open_decoder(info.path, info.stream, strict)
     decoder = stream.codec_context
     continuity = Continuity(decoder.extradata, forgiving=strict) if info.codec == "h264" else None
@@ -95,7 +96,10 @@ def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.Video
                 if continuity and packet and not continuity.follows(packet):
                     raise NotAsPlanned(info.path, f"pictures are missing after frame {count}")
                 for frame in decoder.decode(packet):
-                    if not (count or frame.key_frame):
+                    if first_key is None and frame.key_frame:
+                        first_key = frame.pts or 0
+                    # Some pictures are shown before the first keyframe, and need only that one.
+                    if first_key is None and (frame.pts is None or count > MOST_LEADING):
                         raise NotAsPlanned(info.path, "its first picture leans on others that it does not hold")
                     if frame.is_corrupt or (continuity and frame.pts in continuity.doubtful):
                         raise NotAsPlanned(info.path, f"frame {count} is damaged")

@@ -200,9 +200,11 @@ def _frames_of_run(
     def checked(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         nonlocal begun
         for frame in frames:
-            if not begun and not leads and frame.pts is not None and frame.pts < begin:
+            if not begun and frame.pts is not None and frame.pts < begin:
+                if leads:  # shown before the very first keyframe, and needs that one only
+                    yield frame
                 continue  # leans on the keyframe before this run's
-            if not begun and not (frame.key_frame and (frame.pts == begin or leads)):
+            if not begun and not (frame.key_frame and frame.pts == begin):
                 raise NotAsPlanned(info.path, f"packet {run.first} is called a keyframe, and is none")
             begun = True
             if (not strict and frame.is_corrupt) or (continuity and frame.pts in continuity.doubtful):
