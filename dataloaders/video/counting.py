@@ -20,7 +20,6 @@ from dataloaders.video.packets import Seen, VideoInfo, _seen, first_keyframe, id
 from dataloaders.video.pictures import uncoded_mpeg4
 
 # Their decoders leave out by themselves what leans on pictures before the beginning.
-MOST_LEADING = 16  # pictures that any codec shows before a keyframe that it decoded first
 DROPS_LEADING = {"hevc", "vvc", "mpeg1video", "mpeg2video"}
 Result = TypeVar("Result")
 _complaining: OrderedDict[tuple, bool] = OrderedDict()  # H.264 whose decoder complains of what is no damage
@@ -80,9 +79,9 @@ def all_frames(info: VideoInfo, strict: bool | None = None) -> Generator[av.Vide
         raise NotAsPlanned(info.path, f"it holds {info.frame_count} packets but decodes to {count} frames")
 
 
-def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.VideoFrame]:
+def _decoded(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.VideoFrame]:
     """What the decoder shows of the packets that `feed` (bool, file order) selects. Raises NotAsPlanned at damage."""
-    count, first_key = 0, None
+    count = 0
     container, stream = open_decoder(info.path, info.stream, strict)
     decoder = stream.codec_context
     continuity = Continuity(decoder.extradata, forgiving=strict) if info.codec == "h264" else None
@@ -96,17 +95,27 @@ def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.Video
                 if continuity and packet and not continuity.follows(packet):
                     raise NotAsPlanned(info.path, f"pictures are missing after frame {count}")
                 for frame in decoder.decode(packet):
-                    if first_key is None and frame.key_frame:
-                        first_key = frame.pts or 0
-                    # Some pictures are shown before the first keyframe, and need only that one.
-                    if first_key is None and (frame.pts is None or count > MOST_LEADING):
-                        raise NotAsPlanned(info.path, "its first picture leans on others that it does not hold")
                     if frame.is_corrupt or (continuity and frame.pts in continuity.doubtful):
                         raise NotAsPlanned(info.path, f"frame {count} is damaged")
                     yield frame
                     count += 1
         except (*READ_ERRORS, ValueError) as error:
             raise NotAsPlanned(info.path, f"it cannot be decoded after frame {count} ({error})") from error
+
+
+def _plain(info: VideoInfo, feed: np.ndarray, strict: bool) -> Iterator[av.VideoFrame]:
+    """`_decoded`, from a keyframe on: a decoder that starts elsewhere may show grey pictures and say nothing."""
+    place = {pts: position for position, pts in enumerate(info.packet_pts.tolist())}
+    early: list[int] | None = []  # packets of the pictures before the first keyframe
+    for frame in _decoded(info, feed, strict):
+        if early is not None and frame.key_frame:
+            # Some pictures are shown before the first keyframe, follow it in the file and need only that one.
+            if early and min(early) <= place.get(frame.pts, -1):
+                raise NotAsPlanned(info.path, "its first picture leans on others that it does not hold")
+            early = None
+        elif early is not None:
+            early.append(place.get(frame.pts, -1))
+        yield frame
 
 
 def _see(info: VideoInfo) -> Seen:
