@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
-from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle
+from dataloaders.annotation_files import AnnotationFiles
+from dataloaders.plain_pickle import read_plain_pickle
 from dataloaders.registry import DATASETS, load_split
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit
 
