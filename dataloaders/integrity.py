@@ -63,7 +63,10 @@ def caption_doubts(split: RetrievalSplit) -> list[str]:
     """Captions that may be none, as sentences: ``nan`` and the like, and those that are in brackets as a whole."""
     owners = [split.videos[video].video_id for video in split.caption_to_video]
     found = []
-    for doubtful, what in ((is_no_text, "which programs write where there is none"), (BRACKETS.fullmatch, "in brackets")):
+    for doubtful, what in (
+        (is_no_text, "which programs write where there is none"),
+        (BRACKETS.fullmatch, "in brackets"),
+    ):
         texts = {f"{owner}: {text:.40}": None for owner, text in zip(owners, split.captions) if doubtful(text)}
         count = sum(bool(doubtful(text)) for text in split.captions)
         if count:

@@ -105,7 +105,9 @@ def folder_of_frames(root: Path, extensions: Sequence[str]) -> Path | None:
     """The first folder at or below `root` that holds pictures, where none holds a video; only some are looked into."""
     found, waiting = None, [root]
     for folder in itertools.islice(waiting, FOLDERS_TO_LOOK_INTO):  # which grows: level by level
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.access(folder, os.R_OK | os.X_OK) else []
+        entries = (
+            sorted(os.scandir(folder), key=lambda entry: entry.name) if os.access(folder, os.R_OK | os.X_OK) else []
+        )
         waiting += [Path(entry.path) for entry in entries if entry.is_dir()][:FOLDERS_TO_LOOK_INTO]
         names = [entry.name.lower() for entry in entries]
         if any(name.endswith(tuple(extensions)) for name in names):
@@ -135,7 +137,9 @@ def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> 
         wanted = first.path or f"{candidates(first.video_id)[0]}{dataset.extensions[0]}"
         holds = f"{len(index)} videos such as {first_ids(sorted(index), 3)}"
         if not index and (frames := folder_of_frames(root, dataset.extensions)):
-            holds = f"extracted frames, such as those in {frames}, and no video; frames cannot be read: give the folder "
+            holds = (
+                f"extracted frames, such as those in {frames}, and no video; frames cannot be read: give the folder "
+            )
             holds += "of the videos that they were taken from"
         elif not index:
             others = Counter(os.path.splitext(name)[1] or "no extension" for name, _ in _walk(root, dataset.recursive))
