@@ -43,6 +43,7 @@ SEVERAL_BYTES = {  # Python's name -> ranges of the first and of the second byte
     "euc_jp": ((0xA1, 0xCF), (0xA1, 0xFE)),
     "cp949": ((0xA1, 0xC8), (0xA1, 0xFE)),
 }
+SIGN_IN_WORD = re.compile(r"(?<=[^\W\d_])[¿¡£©®«»°´·](?=[^\W\d_])")  # a letter read in the wrong encoding
 KANA, HANGUL = re.compile("[ぁ-ヿ]"), re.compile("[가-힣]")
 # Python's name -> iconv's, and what people call it.
 NAMES = {
@@ -147,11 +148,11 @@ def _share_of_pairs(raw: bytes, encoding: str) -> float:
 
 
 def _share_of_letters(raw: bytes, encoding: str) -> float:
-    strange = [c for c in _decoded(raw, encoding) if c > "\x7f"]
+    text = _decoded(raw, encoding)
+    strange = [c for c in text if c > "\x7f"]
     if not strange:
         return 0.0
-    share = sum(bool(re.match(ONE_BYTE[encoding], c)) for c in strange) / len(strange)
+    usual = sum(bool(re.match(ONE_BYTE[encoding], c)) for c in strange) - len(SIGN_IN_WORD.findall(text))
     # Latin letters above ASCII stand beside ASCII letters; those of other scripts beside each other.
     alone = len(re.findall(rb"(?<=[a-zA-Z])[\x80-\xff]|[\x80-\xff](?=[a-zA-Z])", raw)) / len(strange)
-    latin = encoding in LATIN
-    return share if latin == (alone >= 0.5) else 0.0
+    return usual / len(strange) if (encoding in LATIN) == (alone >= 0.5) else 0.0

@@ -336,7 +336,7 @@ def test_other_encodings_are_named_and_the_command_given_converts_them(tmp_path,
             r"it looks like UTF-8 that is cut off within its last character; copy it again",
         ),
         (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0\xdf", r"it is a zip archive or an Excel workbook, no text"),
-        (b"video_id\nvideo1\0\n", r"it has bytes of value 0, as no text has"),
+        (b"video_id\n" + b"video1\n" * 30 + b"vid\0\n", r"it has bytes of value 0, as no text has"),
     ],
 )
 def test_text_that_is_damaged_is_not_converted(tmp_path, content, message):
