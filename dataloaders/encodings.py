@@ -4,6 +4,7 @@ Nothing in such a file names its encoding, so this is a guess from the character
 candidate decodes the bytes, and counts for the share of its characters above ASCII that are usual ones.
 """
 
+import codecs
 import re
 import shlex
 from pathlib import Path
@@ -76,7 +77,8 @@ def remedy(raw: bytes, path: Path) -> str:
             return "it looks like UTF-8 that is cut off within its last character; copy it again"
         cause = "are damaged or were pasted from a file in another encoding; correct them in an editor"
         return f"it looks like UTF-8 but for {bad} places that {cause}"
-    guesses = _likely(raw[:SAMPLE])
+    first = next(re.finditer(rb"[\x80-\xff]", raw)).start()
+    guesses = _likely(raw[max(0, first - 1) : first + SAMPLE])
     if not guesses:
         unsure = "save it as UTF-8 where it was made, or convert it from its encoding, such as"
         return f"nothing tells its encoding; {unsure} {_convert(path, 'CP1252')}"
@@ -110,7 +112,6 @@ def _utf_16_or_32(raw: bytes) -> str | None:
 
 def _likely(raw: bytes) -> list[str]:
     """Candidates for the encoding, the likeliest first; none where nothing fits."""
-    raw = raw[: raw.rfind(b"\n") + 1] or raw  # whole lines, so that no character is cut
     scores = {name: _share_of_pairs(raw, name) for name in SEVERAL_BYTES}
     if not any(score >= ENOUGH for score in scores.values()):
         scores = {name: _share_of_letters(raw, name) for name in ONE_BYTE}
@@ -118,13 +119,13 @@ def _likely(raw: bytes) -> list[str]:
     near = [name for name, score in scores.items() if score >= max(ENOUGH, best - CLOSE)]
     found: dict[str, str] = {}  # text -> encoding: where two give the same text, the first will do
     for name in sorted(near, key=lambda name: -scores[name]):
-        found.setdefault(raw.decode(name), name)
+        found.setdefault(_decoded(raw, name), name)
     return list(found.values())[:3]
 
 
 def _decoded(raw: bytes, encoding: str) -> str:
     try:
-        return raw.decode(encoding)
+        return codecs.getincrementaldecoder(encoding)().decode(raw)  # the end may be within a character
     except UnicodeDecodeError:
         return ""
 

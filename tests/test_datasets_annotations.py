@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
-from dataloaders.annotation_files import AnnotationFiles
+from dataloaders.annotation_files import READ, AnnotationFiles
 from dataloaders.plain_pickle import read_plain_pickle
 from dataloaders.registry import DATASETS, load_split
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit
@@ -280,6 +281,18 @@ def test_the_text_of_a_list_elsewhere_is_several_captions_too(tmp_path):
         msrvtt.load("train", AnnotationFiles(data, options))
 
 
+def test_only_what_was_read_is_recorded_with_the_hash_of_what_was_read(tmp_path):
+    files = didemo_files(tmp_path, ["a.mov"], [("a.mov", "a cat")])
+    write(tmp_path / "notes.json", "somebody's")
+    paths = [tmp_path / "test_list.txt", tmp_path / "test_data.json"]
+    hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    READ.clear()
+    didemo.load("test", files)
+    paths[0].write_text("another")
+    paths[1].unlink()
+    assert hashes == READ
+
+
 def test_a_paragraph_with_a_sentence_that_is_none_is_told(tmp_path, heard):
     files = didemo_files(tmp_path, ["a.mov"], [("a.mov", "a cat"), ("a.mov", "NaN")])
     assert didemo.load("test", files).captions == ("a cat NaN",)
@@ -322,6 +335,17 @@ def test_other_encodings_are_named_and_the_command_given_converts_them(tmp_path,
     subprocess.run(command, shell=True, check=True)
     os.replace(f"{path}.utf8", path)
     assert msrvtt.load("test", files).captions == (SENTENCES[encoding],)
+
+
+def test_the_encoding_of_one_long_line_is_told_by_what_is_not_ascii(tmp_path):
+    captions = ["a man cooks"] * 10_000 + [
+        SENTENCES["gbk"]
+    ] * 10_000  # more ASCII, and more after it, than is looked at
+    path = msrvtt_json(tmp_path / "data.json", {"video1": captions})
+    path.write_bytes(json.dumps(json.loads(path.read_text()), ensure_ascii=False).encode("gbk"))
+    options = msrvtt.Options(train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n"))
+    with pytest.raises(AnnotationError, match=r"data\.json: line 1, column \d+: not UTF-8 .* it looks like GBK; "):
+        msrvtt.load("train", AnnotationFiles(path, options))
 
 
 @pytest.mark.parametrize(
