@@ -109,6 +109,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     pairs = Loaders(options, world, list, 1).training_pairs(data.train) if data.train else None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
+        cut = data.cut_captions(model.clip.tokenizer, options.data.max_words) if world.is_main else {}
         if data.train is not None:
             frozen = freeze(model.clip, options.train.freeze_layer_num)
             log.info("%d tensors of the encoder are frozen", len(frozen))
@@ -129,7 +130,8 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     size = f"{len(scored.captions)} captions x {len(scored.videos)} videos, {evaluation.seconds:.1f} s"
     log.info(f"{scored.dataset} {scored.name}, {size}\n{format_metrics(evaluation.metrics)}")
     if world.is_main:
-        found = results(evaluation, options, model.clip, world, [*weights.files(), source.path], source.sidecar)
+        found = results(evaluation, options, model.clip, world, data, [*weights.files(), source.path], source.sidecar)
+        found["captions_cut"] = cut
         found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
         found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
         write_results(found, evaluation, options)

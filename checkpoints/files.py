@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints.whole import file_sha256
+
 STORAGES = {"CharStorage": torch.int8, "ByteStorage": torch.uint8}
 for dtype in ("Float", "Half", "Double", "BFloat16", "Long", "Int", "Short", "Bool"):
     STORAGES[f"{dtype}Storage"] = getattr(torch, dtype.lower())
 MAX_MODULES = 100_000  # far above any network: stops an archive whose modules contain each other
 MAX_CODE_BYTES = 1 << 24
 QUICK_GELU_FACTOR = 1.702
+READ: dict[Path, str] = {}  # weight file -> its SHA-256 when it was last read
 
 
 class CheckpointError(RuntimeError):
@@ -37,6 +40,7 @@ def read_raw(path: Path) -> RawFile:
     """Contents of a weight file of any of the three containers, on the CPU. CheckpointError if it is none of them."""
     head = _head(path)
     try:
+        READ[path] = file_sha256(path)
         if head[:4] == b"PK\x03\x04":
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):

@@ -1,14 +1,20 @@
 """Read annotation files of any kind so that whatever is wrong with one is reported with its name and place."""
 
+import hashlib
 import io
 import json
-import pickle
+import logging
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataloaders.captions import is_no_text, looks_like_captions, split_cell
+from dataloaders.encodings import remedy
 from dataloaders.split import AnnotationError, first_ids
+
+logger = logging.getLogger("retrieval")
+READ: dict[str, str] = {}  # path -> SHA-256 of the bytes that were read from it; a run empties it before it reads
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,11 @@ class AnnotationFiles:
 
 def read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error
+    READ[str(path)] = hashlib.sha256(raw).hexdigest()
+    return raw
 
 
 def read_text(path: Path) -> str:
@@ -56,17 +64,20 @@ def read_text(path: Path) -> str:
     raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
+        if "\0" in text:  # UTF-16 of English text is valid UTF-8, with a zero after each letter
+            raise UnicodeDecodeError("utf-8", raw, start := raw.index(b"\0"), start + 1, "a byte of value 0")
     except UnicodeDecodeError as error:
         before = raw[: error.start].split(b"\n")
         place = f"line {len(before)}, column {len(before[-1]) + 1}"
-        raise AnnotationError(f"{path}: {place}: not UTF-8 ({error.reason})") from error
+        raise AnnotationError(f"{path}: {place}: not UTF-8 ({error.reason}); {remedy(raw, path)}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_csv(path: Path, required: Sequence[str]) -> Any:
+def read_csv(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Any:
     """The rows of a comma-separated file with a header: a DataFrame of text, by the line on which each row ends.
 
-    Raises AnnotationError for a missing column, a row of another length, broken quoting, or no row.
+    A column with text that is neither required nor `optional` is warned of. Raises AnnotationError for a missing
+    column, a row of another length, broken quoting, or no row.
     """
     import pandas as pd  # takes a second, which most commands and datasets need not wait for
 
@@ -102,7 +113,26 @@ def read_csv(path: Path, required: Sequence[str]) -> Any:
         if cells != len(header):
             found = f"{cells} cells where the header has {len(header)} ({', '.join(header)})"
             raise AnnotationError(f"{path}: line {line}: {found}; quote a cell that contains a comma")
-    return table.iloc[1:, : len(header)].set_axis(header, axis=1)
+    rows = table.iloc[1:, : len(header)].set_axis(header, axis=1)
+    if unread := caption_columns(rows, [*required, *optional]):
+        known = ", ".join(map(repr, [*required, *optional]))
+        logger.warning("%s: columns %s are not read; known are %s", path, ", ".join(map(repr, unread)), known)
+    return rows
+
+
+def caption_columns(rows: Any, known: Sequence[str]) -> list[str]:
+    """The columns of `read_csv`'s rows that look like captions and are none of the `known` ones."""
+    return [name for name in rows.columns if name not in known and looks_like_captions(name, rows[name])]
+
+
+def captions_in_cell(path: Path, where: str, cell: str) -> list[str]:
+    """The caption or captions of a cell of a csv file; raises AnnotationError for an empty one and as `split_cell`."""
+    if not cell.strip():
+        raise AnnotationError(f"{path}: {where} is empty")
+    try:
+        return split_cell(cell, plain_brackets=False)
+    except ValueError as error:
+        raise AnnotationError(f"{path}: {where}: {error}") from error
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -142,7 +172,13 @@ def string_list(path: Path, where: str, values: list[Any]) -> list[str]:
 
 def paragraph(path: Path, where: str, sentences: Sequence[str]) -> str:
     """The sentences in order, one space between; blank ones add nothing. AnnotationError where none has text."""
-    if not (text := " ".join(sentence.strip() for sentence in sentences if sentence.strip())):
+    try:
+        parts = [part.strip() for sentence in sentences for part in split_cell(sentence) if part.strip()]
+    except ValueError as error:
+        raise AnnotationError(f"{path}: {where}: {error}") from error
+    if len(parts) > 1 and (odd := [part for part in parts if is_no_text(part)]):
+        logger.warning("%s: %s: a sentence of the paragraph is %r, which programs write for none", path, where, odd[0])
+    if not (text := " ".join(parts)):
         raise AnnotationError(f"{path}: {where}: no text in any of {len(sentences)} sentences")
     return text
 
@@ -166,23 +202,3 @@ def require_annotated(ids: Iterable[str], annotated: Container[str], list_path: 
     if absent := [video_id for video_id in ids if video_id not in annotated]:
         what = f"{len(absent)} ids have no caption in {captions_path}: {first_ids(absent)}"
         raise AnnotationError(f"{list_path}: {what}; the two files must belong to the same release")
-
-
-class _ContainersOnly(pickle.Unpickler):
-    """Builds dict, list, tuple, set, str, bytes and numbers; a pickle that names any class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"names {module}.{name}; only built-in containers, strings and numbers are read")
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """Unpickle without running anything that the file asks for; strings of Python 2 are read as latin-1.
-
-    Raises AnnotationError for a pickle that names a class or function, and for a damaged one.
-    """
-    stream = io.BytesIO(read_bytes(path))
-    try:
-        return _ContainersOnly(stream, encoding="latin1").load()
-    # A damaged pickle raises whatever the opcode that it is cut in happens to raise.
-    except Exception as error:
-        raise AnnotationError(f"{path}: not a plain pickle of captions: {error}; download it again") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataloaders.annotation_files import read_json
+from dataloaders.captions import BRACKETS, is_no_text
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, first_ids
 
 logger = logging.getLogger("retrieval")
@@ -56,6 +57,21 @@ def count_problems(split: RetrievalSplit) -> list[str]:
     else:
         return []
     return [f"{found} Counts of your own go into {OWN_COUNTS} beside it"]
+
+
+def caption_doubts(split: RetrievalSplit) -> list[str]:
+    """Captions that may be none, as sentences: ``nan`` and the like, and those that are in brackets as a whole."""
+    owners = [split.videos[video].video_id for video in split.caption_to_video]
+    found = []
+    for doubtful, what in (
+        (is_no_text, "which programs write where there is none"),
+        (BRACKETS.fullmatch, "in brackets"),
+    ):
+        texts = {f"{owner}: {text:.40}": None for owner, text in zip(owners, split.captions) if doubtful(text)}
+        count = sum(bool(doubtful(text)) for text in split.captions)
+        if count:
+            found.append(f"{count:,} captions of {split.dataset} {split.name} are texts {what}: {first_ids(texts)}")
+    return found
 
 
 def missing_problems(split: RetrievalSplit) -> list[str]:

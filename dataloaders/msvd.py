@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle, require_annotated
+from dataloaders.annotation_files import AnnotationFiles, logger, require_annotated
 from dataloaders.dataset import register
+from dataloaders.plain_pickle import read_plain_pickle
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 
 EXPECTED = {"train": Expected(1_200, 48_774), "val": Expected(100, 4_290), "test": Expected(670, 27_763)}
@@ -18,6 +19,7 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
     if not isinstance(raw, dict):
         raise AnnotationError(f"{captions_path}: must hold {{id: [[token, …], …]}}, holds a {type(raw).__name__}")
     captions = {_text(video_id): sentences for video_id, sentences in raw.items()}
+    other: list[str] = []  # words of these videos that are not UTF-8
     require_annotated(ids, captions, list_path, captions_path)
     clips: dict[VideoClip, list[str]] = {}
     for video_id in ids:
@@ -27,13 +29,23 @@ def load(split: str, files: AnnotationFiles) -> RetrievalSplit:
         for n, tokens in enumerate(sentences):
             if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, (str, bytes)) for token in tokens):
                 raise AnnotationError(f"{where}[{n}]: must be a list of tokens, is {tokens!r:.80}")
-            sentence = " ".join(_text(token) for token in tokens)
+            sentence = " ".join(_text(token, other) for token in tokens)
             if not sentence.strip():
                 raise AnnotationError(f"{where}[{n}]: the caption is empty")
             clips.setdefault(VideoClip(video_id), []).append(sentence)
+    if other:
+        what = f"{len(other)} words are not UTF-8 and are read as latin-1, such as {other[0]!r}"
+        logger.warning("%s: %s; convert the file if they are wrong", captions_path, what)
     return build_split("msvd", split, clips, EXPECTED[split])
 
 
-def _text(value: Any) -> Any:
-    # Pickles written with bytes (Python 3, from Python 2 data) hold the same words undecoded.
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+def _text(value: Any, other: list[str] | None = None) -> Any:
+    """Words that Python 2 wrote, or Python 3 as bytes: UTF-8 where they are, else latin-1, and then also in `other`."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        if other is not None:
+            other.append(value.decode("latin-1"))
+        return value.decode("latin-1")

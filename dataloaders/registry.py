@@ -3,6 +3,7 @@
 A file of this folder that registers a dataset is found by itself.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.dataset import DATASETS, Dataset
 from dataloaders.integrity import with_own_counts
 from dataloaders.split import RetrievalSplit, VideoFolderError, first_ids
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+FOLDERS_TO_LOOK_INTO = 100
 
 DATASETS.load("dataloaders", list(dataloaders.__path__))
 
@@ -97,6 +101,22 @@ def _walk(root: Path, recursive: bool) -> Iterator[tuple[str, str]]:
         visited.add(real)
 
 
+def folder_of_frames(root: Path, extensions: Sequence[str]) -> Path | None:
+    """The first folder at or below `root` that holds pictures, where none holds a video; only some are looked into."""
+    found, waiting = None, [root]
+    for folder in itertools.islice(waiting, FOLDERS_TO_LOOK_INTO):  # which grows: level by level
+        entries = (
+            sorted(os.scandir(folder), key=lambda entry: entry.name) if os.access(folder, os.R_OK | os.X_OK) else []
+        )
+        waiting += [Path(entry.path) for entry in entries if entry.is_dir()][:FOLDERS_TO_LOOK_INTO]
+        names = [entry.name.lower() for entry in entries]
+        if any(name.endswith(tuple(extensions)) for name in names):
+            return None
+        if found is None and any(name.endswith(PICTURES) for name in names):
+            found = folder
+    return found
+
+
 def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> RetrievalSplit:
     """The split with every `path` filled in; videos not found are dropped and listed in `missing_videos`.
 
@@ -116,7 +136,12 @@ def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> 
         first = split.videos[0]
         wanted = first.path or f"{candidates(first.video_id)[0]}{dataset.extensions[0]}"
         holds = f"{len(index)} videos such as {first_ids(sorted(index), 3)}"
-        if not index:
+        if not index and (frames := folder_of_frames(root, dataset.extensions)):
+            holds = (
+                f"extracted frames, such as those in {frames}, and no video; frames cannot be read: give the folder "
+            )
+            holds += "of the videos that they were taken from"
+        elif not index:
             others = Counter(os.path.splitext(name)[1] or "no extension" for name, _ in _walk(root, dataset.recursive))
             what = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or "no file at all"
             folders = [] if dataset.recursive else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())

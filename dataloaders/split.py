@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.captions import split_cell
+
 
 class AnnotationError(ValueError):
     """An annotation file is absent, malformed or contradicts another; the message names file and place."""
@@ -131,8 +133,17 @@ def build_split(
 ) -> RetrievalSplit:
     """Flatten {clip: its captions} into a RetrievalSplit; captions keep order and lose outer white space.
 
-    The captions of a video are consecutive. Raises AnnotationError as RetrievalSplit does.
+    The captions of a video are consecutive; one that is the text of a list stands for those in it. Raises
+    AnnotationError for the text of another value of a program, and as RetrievalSplit does.
     """
-    captions = tuple(text.strip() for texts in captions_by_video.values() for text in texts)
-    owners = np.repeat(np.arange(len(captions_by_video)), [len(texts) for texts in captions_by_video.values()])
-    return RetrievalSplit(dataset, name, tuple(captions_by_video), captions, owners, expected)
+    texts: list[str] = []
+    owners: list[int] = []
+    for number, (clip, given) in enumerate(captions_by_video.items()):
+        try:
+            own = [text.strip() for cell in given for text in split_cell(cell)]
+        except ValueError as error:
+            raise AnnotationError(f"{dataset} {name}: a caption of video {clip.video_id!r}: {error}") from error
+        texts += own
+        owners += [number] * len(own)
+    index = np.array(owners, dtype=np.int64)
+    return RetrievalSplit(dataset, name, tuple(captions_by_video), tuple(texts), index, expected)

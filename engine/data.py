@@ -8,9 +8,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from checkpoints.read import CheckpointError
-from dataloaders.annotation_files import AnnotationFiles
+from dataloaders.annotation_files import READ, AnnotationFiles
 from dataloaders.datasets import VideoSource
-from dataloaders.integrity import Overlap, check_complete, check_overlap
+from dataloaders.integrity import Overlap, caption_doubts, check_complete, check_overlap
 from dataloaders.loaders import CaptionBatches, Reading, pair_loader, video_loader
 from dataloaders.registry import DATASETS, QueryBank, load_query_bank, load_split, short_id
 from dataloaders.split import RetrievalSplit
@@ -19,6 +19,7 @@ from engine.build import Weights
 from engine.distributed import World
 from engine.options import Options
 from engine.progress import log
+from modules.tokenizer import lengths_of_cut
 
 
 def load_data(options: Options, name: str) -> RetrievalSplit:
@@ -28,6 +29,8 @@ def load_data(options: Options, name: str) -> RetrievalSplit:
         raise ValueError(f"--data_path {data.data_path}: no such file or folder")
     files = AnnotationFiles(data.data_path, options.own["datatype"])
     split = load_split(data.datatype, name, files, data.features_path)
+    for doubt in caption_doubts(split):
+        log.warning("%s; are they meant so?", doubt)
     check_complete(split, data.allow_missing, training=name == "train")
     read = f"frames by the {data.frame_rule} rule; files {' '.join(DATASETS[data.datatype].extensions)}"
     log.info(f"{split.dataset} {name}: {len(split.videos)} videos, {len(split.captions)} captions; {read}")
@@ -38,7 +41,7 @@ def load_data(options: Options, name: str) -> RetrievalSplit:
 class RunData:
     """The splits of a run. `train` is None without --do_train; `selection` is what epochs are scored on.
 
-    `bank`: QB-Norm's queries, when asked for.
+    `bank`: QB-Norm's queries, when asked for. `read`: SHA-256 of each annotation file, of the bytes that were read.
     """
 
     scored: RetrievalSplit
@@ -47,6 +50,23 @@ class RunData:
     trained_on: dict[str, list[str]]  # dataset -> ids of all videos that the model has been or will be trained on
     overlap: Overlap | None  # of `scored` with those; None when nothing tells what the model was trained on
     bank: QueryBank | None
+    read: dict[str, str]
+
+    def cut_captions(self, tokenize: Callable[..., Any], max_words: int) -> dict[str, dict[str, int]]:
+        """Captions that --max_words cuts, by split: their number, and the --max_words that the longest needs; logged.
+
+        tokenize: the encoder's tokenizer, (captions, max_words) -> ids, mask.
+        """
+        found = {}
+        for split in dict.fromkeys((*([self.train] if self.train else []), self.selection, self.scored)):
+            cut = lengths_of_cut(tokenize, split.captions, max_words)
+            found[split.name] = {"captions": len(cut), "longest": max(cut, default=0)}
+            if cut:
+                log.warning(
+                    f"{len(cut):,} of the {len(split.captions):,} captions of {split.dataset} {split.name} are longer "
+                    f"than --max_words {max_words} and are cut; the longest needs {max(cut)}"
+                )
+        return found
 
 
 def load_run_data(options: Options, weights: Weights, resumed: Mapping[str, Any] | None = None) -> RunData:
@@ -56,6 +76,7 @@ def load_run_data(options: Options, weights: Weights, resumed: Mapping[str, Any]
     resumed: the checkpoint_last.pt to go on from, which holds the same.
     """
     data, run = options.data, options.run
+    READ.clear()
     scored = selection = load_data(options, run.eval_split)
     train = None
     if run.do_train:
@@ -73,7 +94,7 @@ def load_run_data(options: Options, weights: Weights, resumed: Mapping[str, Any]
     if run.qb_norm:
         files = AnnotationFiles(data.data_path, options.own["datatype"])
         bank = load_query_bank(data.datatype, files, run.qb_size, run.seed)
-    return RunData(scored, train, selection, trained_on, overlaps[0] if overlaps else None, bank)
+    return RunData(scored, train, selection, trained_on, overlaps[0] if overlaps else None, bank, dict(READ))
 
 
 def trained_videos(before: Any, source: str, train: RetrievalSplit | None) -> dict[str, list[str]]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoints.whole import file_sha256, write_whole
+from checkpoints.files import READ
+from checkpoints.whole import write_whole
 from engine.build import Weights
 from engine.data import RunData
 from engine.distributed import World
@@ -24,7 +25,6 @@ from modules.metrics import LOOKS_AT
 from modules.model import VideoTextModel
 
 ROOT = Path(__file__).resolve().parent.parent
-ANNOTATION_SUFFIXES = (".json", ".csv", ".txt", ".pkl")
 # What changes the numbers of a checkpoint when evaluation differs from training.
 SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words")
 LAST, SELECTED, HISTORY = "checkpoint_last.pt", "pytorch_model.bin", "history.jsonl"
@@ -51,11 +51,12 @@ def results(
     options: Options,
     encoder: Encoder,
     world: World,
+    data: RunData,
     read: list[Path],
     beside: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Of results.json: what was measured, on what, how, with which weights: the last of the weight files `read`, and
-    what stands beside it."""
+    what stands beside it. Nothing is read here: a file may be gone by now."""
     split = evaluation.split
     return {
         "dataset": split.dataset,
@@ -79,8 +80,8 @@ def results(
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
         "sha256": {
-            "annotations": {str(path): file_sha256(path) for path in annotation_paths(options)},
-            "weights": {str(path): file_sha256(path) for path in dict.fromkeys(read)},
+            "annotations": data.read,
+            "weights": {str(path): READ[path] for path in read},
         },
     }
 
@@ -112,16 +113,6 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
 def write_history(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-def annotation_paths(options: Options) -> list[Path]:
-    """The annotation files of a run; of a folder all that could be some, as they lie at its top."""
-    found: list[Path] = []
-    for path in (options.data.data_path, *vars(options.own["datatype"]).values()):
-        if isinstance(path, Path):
-            inside = sorted(path.iterdir()) if path.is_dir() else []
-            found += [path, *(file for file in inside if file.suffix in ANNOTATION_SUFFIXES)]
-    return [path for path in found if path.is_file()]
 
 
 def git_revision(root: Path = ROOT) -> dict[str, Any] | None:

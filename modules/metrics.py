@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.tokenizer import words
+
 BLOCK = 2048  # rows compared at a time: bounds the memory beside the matrix itself
 
 ArrayLike = np.ndarray | Tensor
@@ -22,7 +24,7 @@ LOOKS_AT = {
     "raw": "nothing else",
     "dsl": "all other test queries (transductive)",
     "qb_norm": "training captions (not transductive; text-to-video only)",
-    "duplicate_aware": "nothing else; a video whose own caption is the query's very text counts as correct",
+    "duplicate_aware": "nothing else; a video with a caption of the query's words counts as correct",
 }
 Metrics = dict[str, dict[str, dict[str, float]]]
 
@@ -66,14 +68,18 @@ def _ranks(scores: Tensor, correct: Tensor, also: Mapping[int, Sequence[int]]) -
 
 
 def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> AlsoCorrect:
-    """Captions whose very text is also another video's: (caption -> those videos, video -> videos sharing a text)."""
+    """Captions that another video has, too: (caption -> those videos, video -> videos sharing a caption).
+
+    Two that differ in case or white space alone are one, as an encoder cannot tell them apart.
+    """
     owner = np.asarray(caption_to_video).tolist()
     videos_of: dict[str, set[int]] = {}
-    for caption, video in zip(captions, owner):
+    texts = [" ".join(words(caption)) for caption in captions]
+    for caption, video in zip(texts, owner):
         videos_of.setdefault(caption, set()).add(video)
     by_caption: dict[int, list[int]] = {}
     by_video: dict[int, list[int]] = {}
-    for number, (caption, video) in enumerate(zip(captions, owner)):
+    for number, (caption, video) in enumerate(zip(texts, owner)):
         if others := videos_of[caption] - {video}:
             by_caption[number] = sorted(others)
             by_video[video] = sorted(others | set(by_video.get(video, ())))

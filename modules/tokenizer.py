@@ -5,15 +5,17 @@ Method: Sennrich et al. 2016 (arXiv 1508.07909) on UTF-8 bytes, with OpenAI's me
 
 import gzip
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import regex
 import torch
 
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+LENGTHS_AT_A_TIME = 256
 N_BYTES = 256
 N_MERGES = 48894  # the file lists more; CLIP's vocabulary stops here: 2 * 256 bytes + 48894 merges + SOT + EOT = 49408
 
@@ -21,6 +23,33 @@ N_MERGES = 48894  # the file lists more; CLIP's vocabulary stops here: 2 * 256 b
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 # Texts made only of these need no repair: printable ASCII without "&" (which may begin an HTML entity), and whitespace.
 PLAIN = regex.compile(r"[ -%'-~\t\n\r]*")
+
+
+def words(text: str) -> list[str]:
+    """What CLIP's tokenizer sees of a text: texts of the same words have the same tokens.
+
+    Mis-decoded characters are repaired, HTML escaping undone (twice), whitespace collapsed, letters lower-cased.
+    """
+    if not PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return WORD.findall(" ".join(text.split()).lower())
+
+
+def lengths_of_cut(tokenize: Callable[..., Any], captions: Sequence[str], max_words: int) -> list[int]:
+    """Of the captions that `max_words` cuts, how many tokens each has, start and end included.
+
+    tokenize: an encoder's tokenizer, (captions, max_words) -> ids, mask.
+    """
+    found: list[int] = []
+    for start in range(0, len(captions), LENGTHS_AT_A_TIME):
+        block = captions[start : start + LENGTHS_AT_A_TIME]
+        full = tokenize(block, max_words=max_words)[1].sum(dim=1) == max_words
+        if rest := [caption for caption, is_full in zip(block, full.tolist()) if is_full]:
+            # No token without a byte; cleaning may make a text longer, but not twice as long.
+            room = 2 + 2 * max(len(text.encode("utf-8", "replace")) for text in rest)
+            lengths = tokenize(rest, max_words=max(room, max_words))[1].sum(dim=1)
+            found += lengths[lengths > max_words].tolist()
+    return found
 
 
 class Tokenizer:
@@ -52,14 +81,9 @@ class Tokenizer:
         self.sot, self.eot = 2 * N_BYTES + N_MERGES, 2 * N_BYTES + N_MERGES + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without SOT and EOT, of any length; [] for an empty text.
-
-        Mis-decoded characters are repaired, HTML escaping undone (twice), whitespace collapsed, letters lower-cased.
-        """
-        if not PLAIN.fullmatch(text):
-            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        """Token ids of the :func:`words` of `text`, without SOT and EOT, of any length; [] for an empty text."""
         ids: list[int] = []
-        for word in WORD.findall(" ".join(text.split()).lower()):
+        for word in words(text):
             if word not in self._words:
                 self._words[word] = self._merge(word)
             ids += self._words[word]

@@ -8,8 +8,10 @@ Its flags are the fields of a frozen dataclass ``Options``, declared with :func:
 import argparse
 import dataclasses
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,6 +36,11 @@ def parse_bool(text: str) -> bool:
     if text.lower() in TRUE_WORDS + FALSE_WORDS:
         return text.lower() in TRUE_WORDS
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line; ``~`` is the home folder also where the shell leaves it, as in ``--dir='~/x'``."""
+    return Path(os.path.expanduser(text))
 
 
 def flag(
@@ -62,6 +69,8 @@ def add_flags(section: Any, fields: Iterable[dataclasses.Field]) -> None:
     """
     for field in fields:
         about: dict[str, Any] = {name: field.metadata[name] for name in ("type", "choices")}
+        if about["type"] is Path:
+            about["type"] = user_path
         text, shown = field.metadata["help"], field.default
         if isinstance(shown, bool):
             about |= {"nargs": "?", "const": True, "metavar": "BOOL"}

@@ -22,25 +22,30 @@ if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.integrity import count_problems, missing_problems, shared_videos
+from dataloaders.integrity import caption_doubts, count_problems, missing_problems, shared_videos
 from dataloaders.registry import DATASETS, load_annotations, locate_videos, short_id
 from dataloaders.split import AnnotationError, RetrievalSplit, VideoClip, VideoFolderError, first_ids
 from dataloaders.video import FrameSampling, VideoReadError, probe_video, read_frames
-from plugins import add_flags, from_flags, out_of_range
+from modules.tokenizer import Tokenizer, lengths_of_cut, words
+from plugins import add_flags, from_flags, out_of_range, user_path
 from preprocess.parallel import run_parallel
 
+MOST_WORDS = 77  # of OpenAI's CLIPs
 # Of a split that cannot be loaded. `problems` are sentences, the rest goes to the JSON as it is.
 EMPTY_REPORT: dict[str, Any] = {"expected": {}, "listed": {}, "found": {}, "missing_videos": [], "unreadable": []}
 EMPTY_REPORT |= {"distinct_captions": 0, "t2v_r1_ceiling": 100.0, "problems": []}
+EMPTY_REPORT |= {"captions_cut": 0, "longest_caption": 0, "doubtful_captions": []}
 
 
 def t2v_r1_ceiling(split: RetrievalSplit) -> float:
     """The highest t2v R@1 in % that any model can reach on this split, each caption having one correct video.
 
-    Equal captions retrieve the same video, at best that which most of them describe. Copies on one video cost nothing.
+    Captions of equal words retrieve the same video, at best that which most of them describe. Copies on one video cost
+    nothing.
     """
     best: Counter[str] = Counter()
-    for (caption, _), copies in Counter(zip(split.captions, split.caption_to_video.tolist())).items():
+    texts = [" ".join(words(caption)) for caption in split.captions]
+    for (caption, _), copies in Counter(zip(texts, split.caption_to_video.tolist())).items():
         best[caption] = max(best[caption], copies)
     return 100 * best.total() / len(split.captions)
 
@@ -57,14 +62,20 @@ def check_file(sampling: FrameSampling | None, clip: VideoClip) -> str | None:
     return None
 
 
-def check_split(split: RetrievalSplit, folder: Path, sampling: FrameSampling | None, workers: int) -> dict[str, Any]:
+def check_split(
+    split: RetrievalSplit, folder: Path, sampling: FrameSampling | None, workers: int, max_words: int
+) -> dict[str, Any]:
     """Compare a freshly loaded split (paths None) with the published counts and with the files of `folder`."""
     problems = list(count_problems(split))
+    cut = lengths_of_cut(Tokenizer(), split.captions, max_words)
     report = EMPTY_REPORT | {
         "expected": {"videos": split.expected.videos, "captions": split.expected.captions},
         "listed": {"videos": len(split.videos), "captions": len(split.captions)},
-        "distinct_captions": len(set(split.captions)),
+        "distinct_captions": len({" ".join(words(caption)) for caption in split.captions}),
         "t2v_r1_ceiling": t2v_r1_ceiling(split),
+        "captions_cut": len(cut),
+        "longest_caption": max(cut, default=0),
+        "doubtful_captions": caption_doubts(split),
         "problems": problems,
     }
     try:
@@ -97,7 +108,7 @@ def check_dataset(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.splits:
         try:
             loaded[name] = load_annotations(dataset.name, name, files)
-            reports[name] = check_split(loaded[name], args.features_path, sampling, args.num_workers)
+            reports[name] = check_split(loaded[name], args.features_path, sampling, args.num_workers, args.max_words)
         except AnnotationError as error:
             reports[name] = EMPTY_REPORT | {"problems": [str(error)]}
     overlap, leaks = {}, []
@@ -113,6 +124,7 @@ def check_dataset(args: argparse.Namespace) -> dict[str, Any]:
         "data_path": str(args.data_path) if args.data_path else None,
         "features_path": str(args.features_path),
         "decoded": sampling is not None,
+        "max_words": args.max_words,
         "splits": reports,
         "overlap": overlap,
         "leaks": leaks,
@@ -129,12 +141,18 @@ def describe(report: dict[str, Any]) -> list[str]:
         if split["t2v_r1_ceiling"] != 100:
             ceiling = f"t2v R@1 cannot exceed {split['t2v_r1_ceiling']:.2f} %"
             findings.append(f"{split['distinct_captions']:,} distinct captions, some on several videos: {ceiling}")
+        if count := split["captions_cut"]:
+            needed = f"--max_words {split['longest_caption']} would suffice"
+            if split["longest_caption"] > MOST_WORDS:
+                needed = f"the longest has {split['longest_caption']} tokens, and CLIP takes {MOST_WORDS} at most"
+            findings.append(f"{count:,} captions are cut at --max_words {report['max_words']}: {needed}")
         pairs = [(*pair.split("/"), both["captions"]) for pair, both in report["overlap"].items()]
         shared = [f"{count:,} captions also in {first}" for first, second, count in pairs if second == name and count]
         findings += [", ".join(shared)] if shared else []
         state = f"{len(split['problems'])} problems" if split["problems"] else "ok"
         state = f"{state}: {'; '.join(findings)}" if split["listed"] else "cannot be loaded"
         lines += [f"{report['datatype']} {name}: {state}", *(f"  - {problem}" for problem in split["problems"])]
+        lines += [f"  - warning: {doubt}; are they meant so?" for doubt in split["doubtful_captions"]]
     return lines + [f"{report['datatype']} {leak}" for leak in report["leaks"]]
 
 
@@ -143,14 +161,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="check_dataset", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--datatype", required=True, choices=sorted(DATASETS))
-    add("--data_path", type=Path, help="annotations, as for main_task_retrieval.py")
-    add("--features_path", type=Path, required=True, help="folder of the videos")
+    add("--data_path", type=user_path, help="annotations, as for main_task_retrieval.py")
+    add("--features_path", type=user_path, required=True, help="folder of the videos")
     add("--splits", nargs="+", help="default: all that the dataset has, or that a flag gives a list of")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="worker processes")
-    add("--json", type=Path, help="write the whole report there")
+    add("--json", type=user_path, help="write the whole report there")
     add("--no_decode", action="store_true", help="open the videos but decode no frame")
     add("--max_frames", type=int, default=12, help="frames to decode of a video")
     add("--feature_framerate", type=int, default=1, help="frames a second to choose from")
+    add("--max_words", type=int, default=32, help="tokens of a caption, start and end included; longer ones are cut")
     for name, dataset in DATASETS.items():
         if fields(dataset.Options):
             add_flags(parser.add_argument_group(f"--datatype {name}"), fields(dataset.Options))
@@ -177,9 +196,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.json.open("a").close()  # better now than after hours of decoding
         except OSError as error:
             parser.error(f"--json {args.json} cannot be written ({error.strerror}); give the name of a file")
-    for flag in ("num_workers", "max_frames", "feature_framerate"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} must be >= 1, got {getattr(args, flag)}")
+    for flag, low in {"num_workers": 1, "max_frames": 1, "feature_framerate": 1, "max_words": 2}.items():
+        if getattr(args, flag) < low:
+            parser.error(f"--{flag} must be >= {low}, got {getattr(args, flag)}")
     if problem := out_of_range(options):
         parser.error(problem)
     return args

@@ -125,6 +125,29 @@ def test_duplicate_captions_are_told_and_no_problem(sample, capsys):
     assert capsys.readouterr().out == f"msrvtt test: ok: 2 of 2 videos, 2 of 2 captions{expected}\n"
 
 
+def test_captions_that_differ_in_case_alone_are_one(sample):
+    write_list(sample / "test.csv", [("v2", "a cat"), ("v3", "A  Cat")])
+    test = check(sample, "--no_decode", "--splits", "test")[1]["splits"]["test"]
+    assert (test["distinct_captions"], test["t2v_r1_ceiling"]) == (1, 50)
+
+
+@pytest.mark.parametrize(("words", "needed"), [(40, "--max_words 42 would suffice"), (90, "the longest has 92 tokens")])
+def test_captions_that_are_cut_or_none_are_told_and_no_problem(sample, capsys, words, needed):
+    write_list(sample / "test.csv", [("v2", "word " * words), ("v3", "nan")])
+    status, report = check(sample, "--no_decode")
+    assert status == 0
+    test = report["splits"]["test"]
+    assert (test["captions_cut"], test["longest_caption"]) == (1, words + 2)
+    assert report["splits"]["train"]["captions_cut"] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        f"msrvtt test: ok: 2 of 2 videos, 2 of 2 captions; 1 captions are cut at --max_words 32: {needed}" in lines[1]
+    )
+    none = "1 captions of msrvtt test are texts which programs write where there is none: 'v3: nan'"
+    assert lines[2] == f"  - warning: {none}; are they meant so?"
+    assert check(sample, "--no_decode", "--max_words", str(words + 2))[1]["splits"]["test"]["captions_cut"] == 0
+
+
 def test_the_ceiling_counts_the_most_frequent_video_of_each_text():
     # "x" stands three times on a and once on b: its 4 copies all retrieve a, 3 are right. "y" is one of two.
     clips = {VideoClip("a"): ["x", "x", "x", "y"], VideoClip("b"): ["x", "y", "z", "z"]}
@@ -208,6 +231,7 @@ def test_a_folder_without_the_videos_is_a_problem(sample):
         (["--val_csv", "nowhere.csv"], "--val_csv nowhere.csv does not exist"),
         (["--num_workers", "0"], "--num_workers must be >= 1, got 0"),
         (["--datatype", "msvd", "--data_path", "nowhere"], "--data_path nowhere does not exist"),
+        (["--max_words", "1"], "--max_words must be >= 2, got 1"),
         (["--feat", "x"], "unrecognized arguments: --feat x"),
     ],
 )

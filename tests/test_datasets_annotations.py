@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import hashlib
 import json
+import logging
 import os
 import pickle
 import pickletools
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataloaders import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
-from dataloaders.annotation_files import AnnotationFiles, read_plain_pickle
+from dataloaders.annotation_files import READ, AnnotationFiles
+from dataloaders.plain_pickle import read_plain_pickle
 from dataloaders.registry import DATASETS, load_split
 from dataloaders.split import AnnotationError, Expected, RetrievalSplit
 
@@ -173,6 +179,197 @@ def test_absent_files_name_the_flag(tmp_path):
         msvd.load("test", AnnotationFiles(data_path=write(tmp_path / "f", "x")))
 
 
+# How people's files differ --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    """What the readers log, also after a run in this process has taken the log for itself."""
+    monkeypatch.setattr(logging.getLogger("retrieval"), "propagate", True)
+    caplog.set_level("INFO", "retrieval")
+    return caplog
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    "name", ["text", "query", "Description", "caption_text", "captions", "Sentence", "words_in_row"]
+)
+def test_msrvtt_captions_under_another_name_are_refused(tmp_path, split, name):
+    path = write(tmp_path / "list.csv", f"video_id,{name},category\nvideo1,a red cat,3\nvideo2,the dog barks,7\n")
+    data = msrvtt_json(tmp_path / "data.json", {"video1": ["x"], "video2": ["y"]})
+    options = msrvtt.Options(train_csv=path, val_csv=path)
+    known = f"known are 'video_id', 'sentence', 'key', 'vid_key', the file has 'video_id', '{name}', 'category'"
+    with pytest.raises(AnnotationError, match=rf"list\.csv: line 1: column '{name}' looks like captions; .*{known}"):
+        msrvtt.load(split, AnnotationFiles(data, options))
+
+
+def test_columns_that_are_no_captions_are_let_be_and_further_captions_told(tmp_path, heard):
+    header, row = "video_id,category,url,sen_id,text_length,split", "video1,tv shows,https://a.b/c,12,40,test"
+    other = "video2,people,https://a.b/d,13,38,test"
+    path = write(tmp_path / "list.csv", f"{header}\n{row}\n{other}\nvideo3,music,https://a.b/e,14,30,test\n")
+    data = msrvtt_json(tmp_path / "data.json", {f"video{n}": ["x", "y"] for n in (1, 2, 3)})
+    assert len(msrvtt.load("test", AnnotationFiles(data, msrvtt.Options(val_csv=path))).captions) == 6
+    assert not heard.text
+    path = write(tmp_path / "two.csv", "video_id,sentence,caption2\nvideo1,a cat,the cat sits\n")
+    assert msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=path))).captions == ("a cat",)
+    assert "two.csv: columns 'caption2' are not read; known are 'video_id', 'sentence'" in heard.text
+
+
+def test_msrvtt_training_list_with_sentences_brings_its_own_captions(tmp_path, heard):
+    rows = "video1,a cat\nvideo2,\"['a dog', 'a wet dog']\"\nvideo1,the cat sits\n"
+    path = write(tmp_path / "train.csv", "video_id,sentence\n" + rows)
+    data = msrvtt_json(tmp_path / "data.json", {"video1": ["of the json"] * 20, "video2": ["of the json"] * 20})
+    split = msrvtt.load("train", AnnotationFiles(data, msrvtt.Options(train_csv=path)))
+    assert captions_of(split) == {"video1": ["a cat", "the cat sits"], "video2": ["a dog", "a wet dog"]}
+    assert split.expected == Expected(6_513, None, published=(9_000, 7_010, 6_513))
+    assert "train.csv: captions come from its column 'sentence', not from MSRVTT_data.json" in heard.text
+    path = write(tmp_path / "train.csv", "video_id,sentence\nvideo1,\nvideo2, \n")
+    split = msrvtt.load("train", AnnotationFiles(data, msrvtt.Options(train_csv=path)))
+    assert set(split.captions) == {"of the json"}
+    assert "column 'sentence' is empty throughout" in heard.text
+    path = write(tmp_path / "train.csv", "video_id,sentence\nvideo1,a\nvideo2, \n")
+    with pytest.raises(AnnotationError, match=r"train\.csv: line 3: column 'sentence' is empty"):
+        msrvtt.load("train", AnnotationFiles(data, msrvtt.Options(train_csv=path)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("['a man', 'a dog']", ["a man", "a dog"]),
+        ('["a"]', ["a"]),
+        ("('it\\'s red',)", ["it's red"]),
+        ('["caf\\u00e9", "a \\"b\\""]', ["café", 'a "b"']),
+        ("(a man, aside)", ["(a man, aside)"]),
+        ("a man [music] waves", ["a man [music] waves"]),
+        ("array(['a'], dtype=object)", None),
+        ("['a man' 'a dog']", None),  # as numpy prints it; Python would read one string "a mana dog"
+        ("{'caption': 'x'}", None),
+        ("[{'caption': 'x'}]", None),
+        ("[a man, b]", None),
+        ("{a man}", None),
+        ("['a man', None]", None),
+        ("['a man', 'a d", None),
+        ("[]", None),
+        ("['']", None),
+        ("['a', 'man', 'walks']", None),
+        ("b'a man walks'", None),
+        ("np.str_('a man')", None),
+        ("\"['a man', 'a dog']\"", None),
+    ],
+)
+def test_a_cell_is_one_caption_or_those_of_a_list_or_refused(tmp_path, cell, captions):
+    quoted = cell.replace('"', '""')
+    path = write(tmp_path / "val.csv", f'video_id,sentence\nvideo1,"{quoted}"\n')
+    files = AnnotationFiles(options=msrvtt.Options(val_csv=path))
+    if captions is None:
+        with pytest.raises(AnnotationError, match=r"val\.csv: line 2: column 'sentence': (it looks like a|the list)"):
+            msrvtt.load("test", files)
+    else:
+        split = msrvtt.load("test", files)
+        assert list(split.captions) == captions
+        assert split.expected.captions == (1_000 if len(captions) == 1 else None)
+
+
+def test_the_text_of_a_list_elsewhere_is_several_captions_too(tmp_path):
+    files = didemo_files(tmp_path, ["a.mov"], [("a.mov", "['a cat', 'it sits']"), ("a.mov", "[music]")])
+    assert didemo.load("test", files).captions == ("a cat it sits [music]",)
+    data = msrvtt_json(tmp_path / "data.json", {"video1": ["['a cat', 'it sits']", "[music]"]})
+    options = msrvtt.Options(train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n"))
+    assert msrvtt.load("train", AnnotationFiles(data, options)).captions == ("a cat", "it sits", "[music]")
+    data = msrvtt_json(tmp_path / "data.json", {"video1": ["{'caption': 'a cat'}"]})
+    with pytest.raises(AnnotationError, match="msrvtt train: a caption of video 'video1': it looks like a value"):
+        msrvtt.load("train", AnnotationFiles(data, options))
+
+
+def test_only_what_was_read_is_recorded_with_the_hash_of_what_was_read(tmp_path):
+    files = didemo_files(tmp_path, ["a.mov"], [("a.mov", "a cat")])
+    write(tmp_path / "notes.json", "somebody's")
+    paths = [tmp_path / "test_list.txt", tmp_path / "test_data.json"]
+    hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    READ.clear()
+    didemo.load("test", files)
+    paths[0].write_text("another")
+    paths[1].unlink()
+    assert hashes == READ
+
+
+def test_a_paragraph_with_a_sentence_that_is_none_is_told(tmp_path, heard):
+    files = didemo_files(tmp_path, ["a.mov"], [("a.mov", "a cat"), ("a.mov", "NaN")])
+    assert didemo.load("test", files).captions == ("a cat NaN",)
+    assert "test_data.json: video 'a.mov': a sentence of the paragraph is 'NaN'" in heard.text
+
+
+SENTENCES = {
+    "cp1252": "un café à la crème près de l’été",
+    "latin-1": "ein Mädchen läuft über die Straße",
+    "cp1251": "девочка играет на пианино рядом сидит собака",
+    "koi8-r": "девочка играет на пианино рядом сидит собака",
+    "gbk": "一个男人在厨房里做饭。女孩正在弹钢琴",
+    "big5": "一個男人在廚房裡做飯。女孩正在彈鋼琴",
+    "shift_jis": "男の人が台所で料理をしている。犬がいる",
+    "euc_jp": "男の人が台所で料理をしている。犬がいる",
+    "euc_kr": "한 남자가 부엌에서 요리를 하고 있다",
+    "cp1250": "mężczyzna gotuje w kuchni życie jest piękne",
+    "utf-16": "a man plays in a café",
+    "utf-16-le": "a man plays in a cafe",
+    "utf-16-be": "一个男人 plays in a café",
+    "utf-32": "a man",
+}
+SHOWN = {"latin-1": "latin-1", "gbk": "GBK", "big5": "Big5", "shift_jis": "Shift-JIS", "euc_jp": "EUC-JP"}
+SHOWN |= {"euc_kr": "EUC-KR", "koi8-r": "KOI8-R", "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}
+SHOWN |= {"utf-16": "UTF-16", "utf-32": "UTF-32"}
+
+
+@pytest.mark.parametrize("encoding", SENTENCES)
+def test_other_encodings_are_named_and_the_command_given_converts_them(tmp_path, encoding):
+    path = tmp_path / "my list.csv"
+    path.write_bytes(f"video_id,sentence\nvideo1,{SENTENCES[encoding]}\n".encode(encoding))
+    files = AnnotationFiles(options=msrvtt.Options(val_csv=path))
+    with pytest.raises(AnnotationError) as caught:
+        msrvtt.load("test", files)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: line ")
+    assert f"not UTF-8 ({'' if 'utf' in encoding else 'i'}" in told
+    looks, command = re.search(r"it looks like (.*); convert it: (iconv .*), then put that in its place", told).groups()
+    assert SHOWN.get(encoding, encoding) in looks
+    subprocess.run(command, shell=True, check=True)
+    os.replace(f"{path}.utf8", path)
+    assert msrvtt.load("test", files).captions == (SENTENCES[encoding],)
+
+
+def test_the_encoding_of_one_long_line_is_told_by_what_is_not_ascii(tmp_path):
+    captions = ["a man cooks"] * 10_000 + [
+        SENTENCES["gbk"]
+    ] * 10_000  # more ASCII, and more after it, than is looked at
+    path = msrvtt_json(tmp_path / "data.json", {"video1": captions})
+    path.write_bytes(json.dumps(json.loads(path.read_text()), ensure_ascii=False).encode("gbk"))
+    options = msrvtt.Options(train_csv=write(tmp_path / "train.csv", "video_id\nvideo1\n"))
+    with pytest.raises(AnnotationError, match=r"data\.json: line 1, column \d+: not UTF-8 .* it looks like GBK; "):
+        msrvtt.load("train", AnnotationFiles(path, options))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "видео,тест\n".encode() * 20 + b"caf\xe9\n",
+            r"it looks like UTF-8 but for 1 places that are damaged or were pasted",
+        ),
+        (
+            "video_id\nвидео".encode()[:-1],
+            r"it looks like UTF-8 that is cut off within its last character; copy it again",
+        ),
+        (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0\xdf", r"it is a zip archive or an Excel workbook, no text"),
+        (b"video_id\n" + b"video1\n" * 30 + b"vid\0\n", r"it has bytes of value 0, as no text has"),
+    ],
+)
+def test_text_that_is_damaged_is_not_converted(tmp_path, content, message):
+    path = tmp_path / "val.csv"
+    path.write_bytes(content)
+    with pytest.raises(AnnotationError, match=rf"val\.csv: line \d+, column \d+: not UTF-8 \(.*\); {message}"):
+        msrvtt.load("test", AnnotationFiles(options=msrvtt.Options(val_csv=path)))
+
+
 # MSVD ---------------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +393,45 @@ def test_msvd_reads_python_2_pickles(tmp_path):
     old = b"(dp0\nS'v'\np1\n(lp2\n(lp3\nS'caf\\xe9'\np4\naa(lp5\nVb\np6\naas."
     split = msvd.load("test", msvd_folder(tmp_path, "test", ["v"], old))
     assert split.captions == ("caf\xe9", "b")
+
+
+WORDS = {
+    "bytes": {b"v": [[b"a", "café".encode()]]},
+    "text": {"v": [["a", "café"]]},
+    "numpy text": {np.str_("v"): [[np.str_("a"), np.str_("café")]]},
+    "numpy bytes": {np.bytes_(b"v"): [[np.bytes_(b"a"), np.bytes_("café".encode())]]},
+    "numpy array": {"v": np.array([["a", "café"]])},
+    "other byte order": {"v": [np.array(["a", "café"]).astype(">U4")]},
+    "numpy objects": {"v": [np.array(["a", "café"], dtype=object)]},
+    "ordered dict": collections.OrderedDict(v=(("a", "café"),)),
+    "default dict": collections.defaultdict(list, v=[["a", "café"]]),
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", WORDS)
+def test_msvd_reads_words_of_every_kind_and_protocol(tmp_path, kind, protocol):
+    assert msvd.load("test", msvd_folder(tmp_path, "test", ["v"], WORDS[kind], protocol)).captions == ("a café",)
+
+
+def test_msvd_words_that_are_not_utf8_are_told(tmp_path, heard):
+    split = msvd.load("test", msvd_folder(tmp_path, "test", ["v"], {b"v": [[b"caf\xe9", "thé".encode()]]}))
+    assert split.captions == ("café thé",)
+    assert "raw-captions.pkl: 1 words are not UTF-8 and are read as latin-1, such as 'café'" in heard.text
+
+
+def test_a_pickle_that_makes_more_than_values_says_how_to_write_it_anew(tmp_path):
+    path = tmp_path / "p.pkl"
+    bomb = b"cbuiltins\nbytes\n(I10000000000\ntR."  # would be 10 GB of zeros
+    for raw in (pickle.dumps(np.zeros(2)), pickle.dumps({"v": Path("x")}), bomb):
+        path.write_bytes(raw)
+        with pytest.raises(
+            AnnotationError, match=r"p\.pkl: not a plain pickle .*; if you trust the file, write it anew"
+        ):
+            read_plain_pickle(path)
+    path.write_bytes(pickle.dumps({"v": [["a"]] * 50})[:60])
+    with pytest.raises(AnnotationError, match="cut off or no pickle: copy it again"):
+        read_plain_pickle(path)
 
 
 class Attack:

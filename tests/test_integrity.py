@@ -9,13 +9,14 @@ import torch
 
 from checkpoints.read import CheckpointError, save_checkpoint
 from dataloaders.annotation_files import AnnotationFiles
-from dataloaders.integrity import IntegrityError, check_complete, check_overlap, with_own_counts
+from dataloaders.integrity import IntegrityError, caption_doubts, check_complete, check_overlap, with_own_counts
 from dataloaders.msrvtt import Options
 from dataloaders.registry import load_annotations, short_id
-from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip
+from dataloaders.split import AnnotationError, Expected, RetrievalSplit, VideoClip, build_split
 from engine.data import trained_videos
 from main_task_retrieval import main
 from modules.metrics import duplicates, retrieval_metrics, retrieval_ranks
+from modules.tokenizer import Tokenizer
 
 
 def split_of(n: int, expected: Expected, missing: tuple[str, ...] = ()) -> RetrievalSplit:
@@ -164,6 +165,57 @@ def test_duplicate_aware_ranks_by_hand():
     assert metrics["raw"]["t2v"]["R@1"] == 75.0
     assert metrics["duplicate_aware"]["t2v"]["R@1"] == 100.0
     assert "duplicate_aware" not in retrieval_metrics(sim, owner, captions=["a", "b", "c", "d"])
+
+
+def test_captions_that_differ_in_case_and_white_space_are_duplicates():
+    """As their tokens are: cleaned by ftfy, HTML unescaped, lower-cased, split into words."""
+    captions = ["A  red Cat sits.", "a red\tcat sits .", "a red cat &amp; dog", "a red cat & dog", "a red cats its."]
+    by_caption, _ = duplicates(captions, torch.arange(5))
+    assert by_caption == {0: [1], 1: [0], 2: [3], 3: [2]}
+    tokenizer = Tokenizer()
+    assert tokenizer.encode(captions[0]) == tokenizer.encode(captions[1]) != tokenizer.encode(captions[4])
+    metrics = retrieval_metrics(torch.eye(2), torch.arange(2), captions=captions[:2])
+    assert metrics["duplicate_aware"]["t2v"]["R@1"] == 100.0
+
+
+def test_captions_that_may_be_none_are_told():
+    texts = ["nan", "NaN ", "None", "null", "[music]", "{a}", "a nan bread", "[a] and [b", "none of them"]
+    split = build_split("toy", "test", {VideoClip(f"v{n}"): [t] for n, t in enumerate(texts)}, Expected(None, None))
+    none, brackets = caption_doubts(split)
+    assert none.startswith("4 captions of toy test are texts which programs write where there is none: 'v0: nan', ")
+    assert brackets == "2 captions of toy test are texts in brackets: 'v4: [music]', 'v5: {a}'"
+    assert caption_doubts(split_of(3, Expected(3, 3))) == []
+
+
+def test_doubtful_and_cut_captions_and_the_captions_of_a_training_list_stand_in_log_and_results(
+    sample, msrvtt_flags, tmp_path, capsys
+):
+    own = tmp_path / "own"
+    own.mkdir()
+    ids = (sample / "msrvtt" / "MSRVTT_train.9k.csv").read_text().split()[1:]
+    assert len(ids) == 48
+    rows = [f"{i},a clip of number {n}\n" for n, i in enumerate(ids)] + [f"{ids[0]},{'word ' * 40}\n"] * 3
+    (own / "train.csv").write_text("video_id,sentence\n" + "".join(rows))
+    test = (sample / "msrvtt" / "MSRVTT_JSFUSION_test.csv").read_text().splitlines()
+    fields = [line.split(",")[:3] for line in test[1:]]
+    (own / "test.csv").write_text(
+        "\n".join([test[0], *(",".join([*f, "nan" if n == 2 else f"clip {n}"]) for n, f in enumerate(fields))])
+    )
+    flags = list(msrvtt_flags)
+    for name in ("train", "val"):
+        flags[flags.index(f"--{name}_csv") + 1] = str(own / ("test.csv" if name == "val" else "train.csv"))
+    more = ["--do_train", "--epochs", "1", "--batch_size", "51", "--expand_msrvtt_sentences", "--allow_missing"]
+    assert main([*flags, *more]) == 0
+    out = capsys.readouterr().out
+    assert "training: 48 videos, 51 items" in out
+    assert f"{own}/train.csv: captions come from its column 'sentence'" in out
+    assert (
+        "3 of the 51 captions of msrvtt train are longer than --max_words 32 and are cut; the longest needs 42" in out
+    )
+    assert f"1 captions of msrvtt test are texts which programs write where there is none: '{fields[2][2]}: nan'" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = {"train": {"captions": 3, "longest": 42}, "test": {"captions": 0, "longest": 0}}
+    assert found["captions_cut"] == expected
 
 
 def test_duplicate_aware_ties_with_wrong_candidates_are_still_lost():

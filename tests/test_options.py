@@ -135,6 +135,16 @@ def test_what_is_missing_is_named(capsys, argv, message):
     assert message in refusal(capsys, argv)
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
+    """Of every flag that is a path, a dataset's own included: --output_dir='~/x' makes no folder called ~."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = {"output_dir": "~/x", "data_path": "~/d.json", "features_path": "~", "val_csv": "~/a:b/v.csv"}
+    options = parse_options(["--do_eval", *(f"--{name}={path}" for name, path in given.items())])
+    found = {name: str(options.values[name]) for name in given}
+    assert found == {name: path.replace("~", "/home/somebody") for name, path in given.items()}
+    assert str(parse_options([*BASE, "--output_dir", "a~/~b"]).run.output_dir) == "a~/~b"
+
+
 def test_fp16_is_an_alias():
     assert parse_options([*BASE, "--fp16"]).run.precision == "fp16"
 

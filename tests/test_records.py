@@ -1,5 +1,6 @@
 """What stands beside and in our checkpoints keeps its meaning when files are moved, disks fill up, and runs go on."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -7,7 +8,9 @@ import shutil
 import pytest
 import torch
 
+import engine.train
 from checkpoints.read import CheckpointError, read_checkpoint, save_checkpoint
+from checkpoints.whole import file_sha256
 from main_task_retrieval import main
 
 TRAIN = [
@@ -137,6 +140,31 @@ def test_the_record_of_training_videos_survives_a_resume(trained, tmp_path):
     sidecar = json.loads((out / "pytorch_model.bin.json").read_text())
     assert state["trained_on"] == sidecar["trained_on"]
     assert len(sidecar["trained_on"]["msrvtt"]) == 48
+
+
+def test_files_may_go_once_they_were_read(sample, tmp_path, monkeypatch):
+    """The end of a run needs none of them: their hashes are those of what was read."""
+    data = tmp_path / "data"
+    shutil.copytree(sample / "msrvtt", data)
+    shutil.copy(sample / "clip" / "tiny_clip.pt", data / "weights.pt")
+    lists = ["MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv", "MSRVTT_data.json", "expected.json", "weights.pt"]
+    before = {str(data / name): hashlib.sha256((data / name).read_bytes()).hexdigest() for name in lists}
+    measure = engine.train.evaluate
+
+    def evaluate_without_files(*args, **more):
+        for name in lists:
+            (data / name).unlink(missing_ok=True)
+        return measure(*args, **more)
+
+    monkeypatch.setattr(engine.train, "evaluate", evaluate_without_files)
+    flags = ["--train_csv", data / lists[0], "--val_csv", data / lists[1], "--data_path", data / lists[2]]
+    flags += ["--features_path", data / "videos" / "all", "--pretrained_clip_name", data / "weights.pt"]
+    flags += ["--max_frames", 2, "--num_thread_reader", 0, "--epochs", 1, "--output_dir", tmp_path / "out"]
+    assert main([*map(str, [*TRAIN[:1], "--batch_size", 16, "--device", "cpu", *flags])]) == 0
+    assert not (data / "weights.pt").exists()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["sha256"]
+    weights = tmp_path / "out" / "pytorch_model.bin"
+    assert found["annotations"] | found["weights"] == {**before, str(weights): file_sha256(weights)}
 
 
 def test_annotations_that_are_not_there(trained, tmp_path, capsys):

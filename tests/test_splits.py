@@ -165,6 +165,15 @@ def test_a_folder_without_the_videos_says_what_was_looked_for(tmp_path):
     touch(empty, "all/a.mp4")
     with pytest.raises(VideoFolderError, match=r"holds no video .*; is it one of its folders 'all'\?"):
         locate_videos(make(), empty, TOY)
+    touch(empty, "frames/a/0001.jpg", "frames/b/0001.jpg")
+    with pytest.raises(VideoFolderError, match=r"; is it one of its folders 'all', 'frames'\?"):
+        locate_videos(make(), empty, TOY)  # videos come first
+    (empty / "all" / "a.mp4").unlink()
+    for recursive in (False, True):
+        with pytest.raises(
+            VideoFolderError, match=r"it holds extracted frames, such as those in .*/frames/a, and no v"
+        ):
+            locate_videos(make(), empty, replace(TOY, recursive=recursive))
     touch(empty, "other.mp4")
     with pytest.raises(VideoFolderError, match=r"none of the 3 videos of toy test .* such as 'other'"):
         locate_videos(make(), empty, TOY)

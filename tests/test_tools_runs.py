@@ -103,7 +103,8 @@ def test_a_run_says_what_it_takes_to_repeat_it_and_is_repeated(trained, msrvtt_f
     assert found["run_seconds"] >= found["seconds"] > 0
     for kind, paths in {
         "annotations": [
-            sample / "msrvtt" / name for name in ("MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
+            sample / "msrvtt" / name
+            for name in ("MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv", "expected.json")
         ],
         "weights": [sample / "clip" / "tiny_clip.pt", tmp_path / "out" / "pytorch_model.bin"],
     }.items():

@@ -19,6 +19,7 @@ if not __package__:  # run as a file: the repository's root is not on the path
 
 from checkpoints.whole import file_sha256
 from engine.records import ROOT, git_revision
+from plugins import user_path
 
 
 def changed_files(found: dict[str, Any]) -> list[str]:
@@ -37,8 +38,8 @@ def changed_files(found: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.rerun", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="results.json of the run")
-    parser.add_argument("--output_dir", type=Path, help="where to write; default: the run's own with _rerun added")
+    parser.add_argument("file", type=user_path, help="results.json of the run")
+    parser.add_argument("--output_dir", type=user_path, help="where to write; default: the run's own with _rerun added")
     parser.add_argument("--allow_changed", action="store_true", help="go on with files that have changed")
     parser.add_argument("--show", action="store_true", help="print the command and stop")
     asked = parser.parse_args(argv)

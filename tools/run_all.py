@@ -15,6 +15,7 @@ if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.records import ROOT
+from plugins import user_path
 from tools.published import read_run
 from tools.results import as_markdown, table
 
@@ -34,9 +35,9 @@ def is_done(folder: Path, weights: Path, flags: list[str]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when every dataset that is there has results, else 1."""
     parser = argparse.ArgumentParser("tools.run_all", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="InternVideo's pre-trained checkpoint")
-    parser.add_argument("--data_root", type=Path, required=True, help="folder of the datasets' folders")
-    parser.add_argument("--output_root", type=Path, default=Path("runs/run_all"), help="a folder for each dataset")
+    parser.add_argument("--weights", type=user_path, required=True, help="InternVideo's pre-trained checkpoint")
+    parser.add_argument("--data_root", type=user_path, required=True, help="folder of the datasets' folders")
+    parser.add_argument("--output_root", type=user_path, default=Path("runs/run_all"), help="a folder for each dataset")
     asked, flags = parser.parse_known_args(argv)
     weights, root, out = (p.absolute() for p in (asked.weights, asked.data_root, asked.output_root))
     if not (present := [datatype for datatype in DATATYPES if (root / datatype).is_dir()]):

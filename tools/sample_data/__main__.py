@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run as a file: the repository root is not on th
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from checkpoints.whole import write_whole
+from plugins import user_path
 from preprocess.parallel import run_parallel
 from tools.sample_data.plan import LAYOUTS, SPLITS, Clip, Planner, dataset_files
 from tools.sample_data.render import write_video
@@ -34,7 +35,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools.sample_data", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
-    add("--output_dir", required=True, type=Path, default=argparse.SUPPRESS, help="gets a folder a dataset and clip/")
+    add(
+        "--output_dir",
+        required=True,
+        type=user_path,
+        default=argparse.SUPPRESS,
+        help="gets a folder a dataset and clip/",
+    )
     add("--datatype", required=True, choices=[*LAYOUTS, "all"], default=argparse.SUPPRESS, help="layout to write")
     add("--seed", type=int, default=0, help="everything follows from it")
     for n, split in enumerate(SPLITS):

@@ -72,7 +72,7 @@ def write_video(task: tuple[Path, Clip]) -> str | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         exact = {"fflags": "+bitexact"}
-        with av.open(str(path), "w", format=CONTAINERS.get(ending), container_options=exact) as container:
+        with av.open(f"file:{path}", "w", format=CONTAINERS.get(ending), container_options=exact) as container:
             stream = container.add_stream(codec, rate=clip.rate, options=options)
             stream.width, stream.height, stream.pix_fmt = clip.width, clip.height, "yuv420p"
             for image in clip_frames(clip):
