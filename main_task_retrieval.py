@@ -29,6 +29,7 @@ from engine.records import ROOT, SELECTED, plan, results, warn_of_other_settings
 from engine.resume import Interrupted, StopRequest, find_last, load_last
 from engine.step import TrainingError
 from engine.train import fine_tune
+from modules.encoders.base import ImageInput
 from modules.metrics import format_metrics
 from modules.optim import freeze
 
@@ -106,7 +107,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     data = load_run_data(options, weights, resumed)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.
-    pairs = Loaders(options, world, list, 1).training_pairs(data.train) if data.train else None
+    pairs = Loaders(options, world, list, ImageInput(1)).training_pairs(data.train) if data.train else None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
         if data.train is not None:
@@ -117,7 +118,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         return
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
-    loaders = Loaders(options, world, tokenize, model.clip.image.size)
+    loaders = Loaders(options, world, tokenize, model.clip.image)
     source, evaluation = weights, None
     if data.train is not None:
         evaluation = fine_tune(model, loaders, data, resumed, stop)

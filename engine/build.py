@@ -16,22 +16,25 @@ from engine.compat import COMPAT
 from engine.options import Options
 from engine.progress import log
 from modules.encoders import ENCODERS, Encoder
-from modules.encoders.base import Conventions
+from modules.encoders.base import NORM_EPS, Conventions, ImageInput
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel
+from plugins import out_of_range
 
 
 @dataclass(frozen=True)
 class Weights:
     """The file that a run starts from: resolved once, with what stands beside it.
 
-    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with.
+    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with. by_name: it is OpenAI's, and
+    nothing else in its folder is of it.
     """
 
     flag: str
     path: Path
     clip: "Weights | None" = None
+    by_name: bool = False
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
@@ -40,7 +43,7 @@ class Weights:
 
     def read(self) -> Checkpoint:
         """The tensors. Raises CheckpointError."""
-        return read_checkpoint(self.path, list(ENCODERS.values()), self.sidecar)
+        return read_checkpoint(self.path, list(ENCODERS.values()), self.sidecar, alone=self.by_name)
 
     def files(self) -> list[Path]:
         return [self.path, *(self.clip.files() if self.clip else [])]
@@ -70,7 +73,8 @@ def find_clip(options: Options, download: bool) -> Weights:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
     check_max_words(options, 77)  # as OpenAI's CLIPs have it
     folder = options.model.cache_dir.expanduser()
-    return Weights(flag, fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0])
+    path = fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0]
+    return Weights(flag, path, by_name=True)
 
 
 def existing(flag: str, path: Path, hint: str = "") -> Path:
@@ -110,7 +114,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     rest = tensors_of_head(options, built, towers, rest, weights.path)
     tensors = {CLIP_PREFIX + k: v for k, v in towers.items()} | rest
     load_weights(built, tensors, str(weights.path))
-    check_numbers(built, tensors, options, weights.path)
+    check_frames(built, options)
     reason, size = checkpoint.activation_reason, sum(p.numel() for p in built.parameters()) / 1e6
     log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items())
@@ -119,10 +123,8 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     return built
 
 
-def check_numbers(model: VideoTextModel, tensors: Mapping[str, Tensor], options: Options, path: Path) -> None:
-    """Raises CheckpointError for weights that are no numbers, ValueError for longer clips than the head can take."""
-    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinity, such as {min(broken)}; give others")
+def check_frames(model: VideoTextModel, options: Options) -> None:
+    """Raises ValueError for longer clips than the head can take."""
     clip = torch.zeros(1, options.data.max_frames, model.clip.head_sizes.embed_dim)
     with torch.no_grad():
         model.head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
@@ -133,20 +135,22 @@ def build_encoder(
     options: Options, weights: Weights, checkpoint: Checkpoint, conventions: Conventions
 ) -> tuple[Encoder, dict[str, Tensor], list[str]]:
     """The encoder, the tensors to load into it (without ``clip.``), and the names that no file holds a value for."""
-    chosen, own, path = ENCODERS[options.model.encoder], options.own["encoder"], checkpoint.path
+    chosen, own, path = ENCODERS[options.model.encoder], encoder_options(options, weights.sidecar), checkpoint.path
     held = ENCODERS[checkpoint.encoder]
     if held.name != PLAIN_CLIP and not issubclass(chosen, held):
         raise CheckpointError(f"{path} holds {held.title}; give {held.chosen_by}")
     found = split_towers(checkpoint.tensors)[0]
     towers = chosen.adapted(found)
-    merge_weight = chosen.merge_weight(own)
+    merge_weight, other = chosen.merge_weight(own), None
     if weights.clip is not None and merge_weight is not None:
-        clip = chosen.adapted(split_towers(weights.clip.read().tensors)[0])
+        other = weights.clip.read()
+        clip = chosen.adapted(split_towers(other.tensors)[0])
         kept = (*chosen.renamed.values(), *chosen.own_parts)
         towers = merge(towers, clip, merge_weight, kept)
         log.info("--mergeclip: %g x CLIP + %g x %s; kept %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
     activation = choose_activation(options.model.activation, checkpoint)
     encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
+    take_over(encoder, checkpoint, other)
     start = missing_own_parts(encoder, found)
     if start and options.model.finetuned_path:
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
@@ -156,6 +160,52 @@ def build_encoder(
         names = ", ".join(f"clip.{name}" for name in new)
         log.warning("%s holds nothing of %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
     return encoder, towers | start | derived, new
+
+
+def encoder_options(options: Options, sidecar: Mapping[str, Any]) -> Any:
+    """The encoder's own: those that decide what is built and were not given are as the checkpoint's sidecar says."""
+    chosen, own, spec = ENCODERS[options.model.encoder], options.own["encoder"], sidecar.get("encoder", {})
+    if not isinstance(spec, dict) or spec.get("name") != chosen.name:
+        return own
+    stored = {name: value for name, value in spec.get("options", {}).items() if name in chosen.spec_options}
+    stored = {name: value for name, value in stored.items() if name not in options.given}
+    own = replace(own, **stored)
+    if problem := out_of_range(own):
+        raise ValueError(f"{problem} by the file's sidecar; repair it")
+    return own
+
+
+def take_over(encoder: Encoder, checkpoint: Checkpoint, merged: Checkpoint | None) -> None:
+    """What stands beside the weights counts from here on.
+
+    Raises CheckpointError where it names another image side than the weights have, and for weights to be `merged` whose
+    pictures are prepared otherwise.
+    """
+    side, beside = encoder.image.size, checkpoint.beside
+    for source in [checkpoint] + ([merged] if merged else []):
+        for key, told in source.beside.sides:
+            if told != side:
+                problem = f"{key} is {told}, but {source.path} has positions for {side} x {side} pixels"
+                raise CheckpointError(f"{problem}. Repair the file, or if it belongs to other weights, move it away")
+    if merged:
+        usual = {"image": asdict(ImageInput(side)), "norm_eps": [NORM_EPS] * 2}
+        mine, theirs = (
+            in_words({"image": usual["image"] | b.image, "norm_eps": b.norm_eps or usual["norm_eps"]})
+            for b in (beside, merged.beside)
+        )
+        if mine != theirs:
+            told = f"{checkpoint.path}: {mine}; {merged.path}: {theirs}"
+            raise CheckpointError(f"--mergeclip averages weights whose pictures are prepared alike. {told}")
+    encoder.take_over(beside.image, beside.norm_eps)
+    if encoder.unlike_built:
+        log.info("not OpenAI's preprocessing, by %s: %s", ", ".join(beside.files), in_words(encoder.unlike_built))
+
+
+def in_words(unlike: Mapping[str, Any]) -> str:
+    """`Encoder.unlike_built` in a line."""
+    told = {**unlike.get("image", {}), "norm_eps": unlike.get("norm_eps")}
+    shown = {k: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in told.items() if v is not None}
+    return ", ".join(f"{k} {v}" for k, v in shown.items()) or "OpenAI's"
 
 
 def missing_own_parts(encoder: Encoder, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

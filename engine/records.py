@@ -73,6 +73,7 @@ def results(
         "tower": encoder.tower,
         "activation": encoder.activation,
         "trained_in": beside.get("precision"),
+        "image": asdict(encoder.image),
         "versions": versions(),
         "folder": str(Path.cwd()),
         "git": git_revision(),

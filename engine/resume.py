@@ -23,7 +23,7 @@ import torch
 
 from checkpoints.read import CheckpointError
 from checkpoints.whole import write_whole
-from engine.build import checkpoint_tensors, load_weights
+from engine.build import checkpoint_tensors, in_words, load_weights
 from engine.distributed import agree, barrier, gather_objects
 from engine.options import ALL, AUTO, recorded
 from engine.progress import log
@@ -162,6 +162,7 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
     Raises CheckpointError that lists what differs and matters; warns of what may change the last bits.
     """
     before, now, facts = recorded(content["options"]), record["options"], content["facts"]
+    facts = {"preprocessing": in_words({})} | facts  # as all had it before it was noted
     differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     words = {k: f"--{k} {before.get(k, '(not known)')} -> {now.get(k, '(not known)')}" for k in differing}
     refused = [words[k] for k in differing if k not in HARMLESS | ROUNDING]

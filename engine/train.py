@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from checkpoints.read import save_checkpoint
 from checkpoints.whole import remove_leftovers
-from engine.build import checkpoint_tensors
+from engine.build import checkpoint_tensors, in_words
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
 from engine.distributed import agree, barrier, gather_objects
@@ -137,6 +137,7 @@ def fine_tune(
     pieces = training.gradient_accumulation_steps
     trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
     facts = {"training data": data.train.digest(), "activation": model.clip.activation}
+    facts["preprocessing"] = in_words(model.clip.unlike_built)
     record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
     if world.is_main:
         remove_leftovers(folder)
@@ -177,7 +178,8 @@ def _close_epoch(run: Training, line: dict[str, Any]) -> None:
     if run.trainer.world.is_main:
         made = run.beside | {"epoch": state.epoch, "score": score}
         for name in [SELECTED] * selected + [f"{SELECTED}.{state.epoch}"] * run.options.keep_epochs:
-            save_checkpoint(run.folder / name, checkpoint_tensors(run.trainer.model), made)
+            model = run.trainer.model
+            save_checkpoint(run.folder / name, checkpoint_tensors(model), made, model.clip.unlike_built)
         write_history(run.folder / HISTORY, state.history)
     state.epoch, state.step, state.losses, state.dropped, state.seconds = state.epoch + 1, 0, [], [], 0.0
     run.save()

@@ -44,12 +44,13 @@ import sys, torch
 from engine.data import Loaders, load_data
 from engine.distributed import World
 from engine.options import parse_options
+from modules.encoders.base import ImageInput
 from modules.losses import LOSSES
 from modules.losses.base import Pairs
 from modules.losses.contrastive import contrastive_loss
 
 options = parse_options(sys.argv[1:])
-loaders = Loaders(options, World(0, 1, torch.device("cpu")), list, 16)
+loaders = Loaders(options, World(0, 1, torch.device("cpu")), list, ImageInput(16))
 pairs = loaders.training_pairs(load_data(options, "train")).dataset
 videos = loaders.videos(load_data(options, "test")).dataset
 same = [torch.equal(pairs[0, i].frames, pairs[1, i].frames) for i in range(len(pairs))]
