@@ -16,11 +16,18 @@ from engine.compat import COMPAT
 from engine.options import Options
 from engine.progress import log
 from modules.encoders import ENCODERS, Encoder
-from modules.encoders.base import NORM_EPS, Conventions, ImageInput
+from modules.encoders.base import NORM_EPS, Conventions, ImageInput, Sizes
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel
 from plugins import out_of_range
+
+# What heads are built from, of OpenAI's CLIPs by name; known before they are downloaded.
+OPENAI_SIZES = {
+    "ViT-B/32": Sizes(512, 77, 8, 512),
+    "ViT-B/16": Sizes(512, 77, 8, 512),
+    "ViT-L/14": Sizes(768, 77, 12, 768),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def find_clip(options: Options, download: bool) -> Weights:
     flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
     if name not in OPENAI_CLIP:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
-    check_max_words(options, 77)  # as OpenAI's CLIPs have it
+    check_head(options, OPENAI_SIZES[name])
     folder = options.model.cache_dir.expanduser()
     path = fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0]
     return Weights(flag, path, by_name=True)
@@ -82,6 +89,13 @@ def existing(flag: str, path: Path, hint: str = "") -> Path:
     if not (path := path.expanduser()).exists():
         raise CheckpointError(f"--{flag} {path}: no such file{hint}")
     return weight_file(path)
+
+
+def check_head(options: Options, sizes: Sizes) -> None:
+    """Before weights of these sizes are fetched: ValueError for words, frames or a head that do not fit them."""
+    check_max_words(options, sizes.context_length)
+    with torch.device("meta"):  # shapes alone: no memory, no random number
+        check_frames(build_head(options, sizes, COMPAT[options.model.compat].conventions, {}, {}), options)
 
 
 def check_max_words(options: Options, most: int) -> None:
@@ -101,7 +115,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     rest = split_towers(checkpoint.tensors)[1]
     try:
         encoder, towers, new = build_encoder(options, weights, checkpoint, conventions)
-        head = build_head(options, encoder, weights.sidecar, rest)
+        head = build_head(options, encoder.head_sizes, conventions, weights.sidecar, rest)
     except ValueError as error:
         raise CheckpointError(f"{weights.path}: {error}") from error
     check_max_words(options, encoder.head_sizes.context_length)
@@ -114,7 +128,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     rest = tensors_of_head(options, built, towers, rest, weights.path)
     tensors = {CLIP_PREFIX + k: v for k, v in towers.items()} | rest
     load_weights(built, tensors, str(weights.path))
-    check_frames(built, options)
+    check_frames(head, options)
     reason, size = checkpoint.activation_reason, sum(p.numel() for p in built.parameters()) / 1e6
     log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items())
@@ -123,12 +137,12 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     return built
 
 
-def check_frames(model: VideoTextModel, options: Options) -> None:
+def check_frames(head: Head, options: Options) -> None:
     """Raises ValueError for longer clips than the head can take."""
-    clip = torch.zeros(1, options.data.max_frames, model.clip.head_sizes.embed_dim)
+    clip = torch.zeros(1, options.data.max_frames, head.sizes.embed_dim)
     with torch.no_grad():
-        model.head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
-    model.head.train()
+        head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
+    head.train()
 
 
 def build_encoder(
@@ -229,7 +243,13 @@ def choose_activation(wanted: str, checkpoint: Checkpoint) -> str:
     return told if wanted == "auto" else wanted
 
 
-def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
+def build_head(
+    options: Options,
+    sizes: Sizes,
+    conventions: Conventions,
+    sidecar: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Head:
     """The head of --sim_header; with --interaction its frames meet the text tokens.
 
     Options that weights do not show come from the command line, else from the sidecar; ValueError where nobody says.
@@ -242,7 +262,7 @@ def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], t
                 own = replace(own, **{field.name: stored[field.name]})
             elif "sim_header" not in sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
                 raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
-    built = head(encoder.head_sizes, own, encoder.conventions)
+    built = head(sizes, own, conventions)
     return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
 
 
