@@ -140,7 +140,7 @@ def test_their_flags_are_refused_where_they_are_not_chosen(tree, msrvtt_flags):
 def test_head_loss_and_encoder_train_and_evaluate(tree, msrvtt_flags, tmp_path):
     weights = tmp_path / "out" / "pytorch_model.bin"
     again = replaced(msrvtt_flags, finetuned_path=weights, output_dir=tmp_path / "again")
-    evaluation = ["--do_eval", "--save_similarity", *HEAD[:2], *ENCODER, *again]  # the sidecar knows the temperature
+    evaluation = ["--do_eval", "--save_similarity", *HEAD[:2], *ENCODER[:2], *again]  # the sidecar knows the rest
     main(tree, [*TRAINED, *HEAD, *LOSS, *ENCODER, *msrvtt_flags], evaluation)
     tensors = torch.load(weights, weights_only=True)
     assert {name for name in tensors if not name.startswith("clip.")} == {"frame_score.weight"}
