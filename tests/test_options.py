@@ -108,6 +108,10 @@ def test_booleans_mean_what_they_say(text, value):
             ["--gradient_accumulation_steps", "9", "--batch_size", "8"],
             "--gradient_accumulation_steps 9 exceeds --batch_size 8",
         ),
+        (
+            ["--do_train", "--train_csv", "t", "--resume_model", "auto", "--overwrite"],
+            "--overwrite starts anew, --resume_model goes on",
+        ),
         (["--save_steps", "-1"], "--save_steps must be >= 0, got -1"),
         (["--do_train", "--train_csv", "t", "--resume_model", "a", "--init_model", "b"], "leave --init_model out"),
         (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
