@@ -100,7 +100,8 @@ def test_a_folder_in_the_place_of_a_file(name, msrvtt_flags, tmp_path, capsys):
 def test_the_disk_is_tried_before_anything_is_read(msrvtt_flags, tmp_path, capsys):
     """A limit of 0 bytes a file lets a file be made, as a full disk does, and nothing be written to it."""
     code = (
-        "import resource, signal, sys; from main_task_retrieval import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import resource, signal, sys; from main_task_retrieval import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)); sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
