@@ -183,7 +183,7 @@ def encoder_options(options: Options, sidecar: Mapping[str, Any]) -> Any:
     chosen, own, spec = ENCODERS[options.model.encoder], options.own["encoder"], sidecar.get("encoder", {})
     if not isinstance(spec, dict) or spec.get("name") != chosen.name:
         return own
-    stored = {name: value for name, value in spec.get("options", {}).items() if name in chosen.spec_options}
+    stored = {name: value for name, value in (spec.get("options") or {}).items() if name in chosen.spec_options}
     stored = {name: value for name, value in stored.items() if name not in options.given}
     own = replace(own, **stored)
     if problem := out_of_range(own):

@@ -1,6 +1,7 @@
 """Known at the start: an earlier run is not replaced unasked, and nothing that lies there stands in the way later."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import torch
 from launching import LIMIT, ROOT
 
 from checkpoints.read import read_checkpoint
-from engine.resume import load_last
+from engine.resume import ON_RESUME, load_last
 from main_task_retrieval import main
 
 TRAIN = ["--do_train", "--epochs", "2", "--batch_size", "12", "--lr", "1e-3", "--coef_lr", "1", "--keep_epochs"]
@@ -79,6 +80,16 @@ def test_more_epochs_after_the_end(msrvtt_flags, tmp_path, capsys):
         assert main([*TRAIN, *resumed, *more]) == 1
         assert "made with other options: --epochs 3 -> 2. Give those of the interrupted run" in capsys.readouterr().err
     assert main([*TRAIN, *resumed, "--epochs", "3", "--dry_run"]) == 0
+
+
+def test_the_page_on_training_lists_what_a_resumed_run_may_change():
+    page, other = (
+        (ROOT / "docs" / "training.md").read_text(),
+        "resume_model do_train dry_run overwrite fp16 finetuned_path",
+    )
+    changeable = {name for name, kind in ON_RESUME.items() if kind} - set(other.split())
+    listed = page[page.index("These may differ") : page.index("With a higher `--epochs`")]
+    assert set(re.findall(r"`(\w+)`", listed)) - {"on_resume"} == changeable
 
 
 def test_a_batch_of_one_pair_is_refused(msrvtt_flags, capsys):
