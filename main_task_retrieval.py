@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.download import DownloadError
 from checkpoints.read import CheckpointError
+from checkpoints.whole import try_to_write
 from dataloaders.video import VideoReadError
 from engine import distributed
 from engine.build import Weights, build_model, find_weights, load_weights
@@ -25,10 +25,11 @@ from engine.distributed import World, main_first
 from engine.evaluate import evaluate
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
-from engine.records import ROOT, SELECTED, plan, results, warn_of_other_settings, write_results
-from engine.resume import Interrupted, StopRequest, find_last, load_last
+from engine.records import ROOT, SELECTED, WRITTEN, plan, results, surroundings, warn_of_other_settings, write_results
+from engine.resume import Interrupted, StopRequest, check_folder, check_options, find_last, load_last
 from engine.step import TrainingError
-from engine.train import fine_tune
+from engine.train import fine_tune, record_of
+from modules.encoders.base import ImageInput
 from modules.metrics import format_metrics
 from modules.optim import freeze
 
@@ -69,9 +70,12 @@ def prepare_output(folder: Path, world: World) -> None:
     """Make --output_dir and start logging into it. Raises ValueError when it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        if world.is_main:
+            try_to_write(folder)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+        raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
+    if in_the_way := [str(folder / name) for name in WRITTEN if (folder / name).is_dir()]:
+        raise ValueError(f"{', '.join(in_the_way)} is a folder, and the run writes a file of this name; move it away")
     setup_logging(folder, world.is_main)
 
 
@@ -95,33 +99,38 @@ def seed_everything(seed: int) -> None:
 
 def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) -> None:
     """Data first, as it is cheap to check; then the model; then train and/or evaluate."""
-    began, folder = time.perf_counter(), options.run.output_dir
+    began, folder, around = time.perf_counter(), options.run.output_dir, surroundings()
     seed_everything(options.run.seed)
     if options.train.tensorboard:
         open_tensorboard(None)
     last = find_last(options.train.resume_model, folder)
     resumed = load_last(last) if last else None
+    check_folder(options, last, [])
     with main_first():  # a download is for one process
         weights = find_weights(options, download=not options.run.dry_run)
+    check_folder(options, last, weights.files())
     data = load_run_data(options, weights, resumed)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.
-    pairs = Loaders(options, world, list, 1).training_pairs(data.train) if data.train else None
+    pairs = Loaders(options, world, list, ImageInput(1)).training_pairs(data.train) if data.train else None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
         cut = data.cut_captions(model.clip.tokenizer, options.data.max_words) if world.is_main else {}
         if data.train is not None:
             frozen = freeze(model.clip, options.train.freeze_layer_num)
             log.info("%d tensors of the encoder are frozen", len(frozen))
+            record = record_of(model, options, data)
+            if resumed:
+                check_options(resumed, record, world.size)
     if options.run.dry_run:
         log.info("%s", "\n".join(plan(options, world, data, weights, pairs)))
         return
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
-    loaders = Loaders(options, world, tokenize, model.clip.image.size)
+    loaders = Loaders(options, world, tokenize, model.clip.image)
     source, evaluation = weights, None
     if data.train is not None:
-        evaluation = fine_tune(model, loaders, data, resumed, stop)
+        evaluation = fine_tune(model, loaders, data, record, resumed, stop)
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
     if evaluation is None or evaluation.split is not data.scored or data.bank:
@@ -133,7 +142,10 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         found = results(evaluation, options, model.clip, world, data, [*weights.files(), source.path], source.sidecar)
         found["captions_cut"] = cut
         found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
-        found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
+        found |= around | {
+            "command": ["main_task_retrieval.py", *argv],
+            "run_seconds": round(time.perf_counter() - began, 1),
+        }
         write_results(found, evaluation, options)
         command = [sys.executable, "-m", "tools.published", str(folder.resolve())]
         published = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

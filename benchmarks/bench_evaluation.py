@@ -60,7 +60,7 @@ def main() -> None:
         owner = np.repeat(np.arange(args.videos), args.captions)
         split = replace(load_data(options, "test"), captions=captions, caption_to_video=owner)
         tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
-        loaders = Loaders(options, World(0, 1, torch.device("cpu")), tokenize, model.clip.image.size)
+        loaders = Loaders(options, World(0, 1, torch.device("cpu")), tokenize, model.clip.image)
         ours, other = (partial(way, model, split, loaders) for way in (evaluate, once_per_caption))
         title = f"{args.videos} videos, {args.captions} captions each"
         found = race(title, {"ours": ours, "other": other}, args.rounds)

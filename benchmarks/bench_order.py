@@ -30,6 +30,7 @@ from engine.options import Options, parse_options
 from engine.progress import log, progress, setup_logging
 from engine.step import Trainer, build_optimizer
 from main_task_retrieval import seed_everything
+from modules.encoders.base import ImageInput
 from modules.metrics import retrieval_metrics
 from modules.model import VideoTextModel
 from modules.tokenizer import Tokenizer
@@ -88,7 +89,9 @@ def options_of(args: argparse.Namespace, flags: str) -> Options:
 def read_clips(options: Options, world: World, name: str) -> tuple[Batch, np.ndarray]:
     """A split decoded once, by the same code as every run, its clips in order; and its pairs of clips, int [P, 2]."""
     split = load_data(options, name)
-    items = PairDataset(split, Loaders(options, world, Tokenizer(), RESOLUTION).source(frame_order=0), expand=True)
+    items = PairDataset(
+        split, Loaders(options, world, Tokenizer(), ImageInput(RESOLUTION)).source(frame_order=0), expand=True
+    )
     order = np.argsort(split.caption_to_video)  # one caption a clip
     clips = Collate(partial(Tokenizer(), max_words=WORDS))([items[0, i] for i in progress(order, f"reading {name}")])
     told = json.loads(options.data.data_path.with_name("order_pairs.json").read_text())[name]

@@ -5,6 +5,7 @@ OpenAI's CLIP release, whose tensors are taken from the zip by the unpickler bel
 """
 
 import io
+import json
 import pickle
 import zipfile
 from math import prod
@@ -55,6 +56,19 @@ def read_raw(path: Path) -> RawFile:
         # torch's own text would advise to load the file unsafely; it stays chained, for log.txt.
         shown = "" if reason.startswith("Weights only load failed") else f" [{reason}]"
         raise CheckpointError(f"{path} cannot be read as weights: {describe_wrong_file(path)}{shown}") from error
+
+
+def read_json(path: Path) -> dict | None:
+    """The JSON object in a file, None if there is no such file; CheckpointError if it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Repair it or remove it.") from error
 
 
 def describe_wrong_file(path: Path) -> str:

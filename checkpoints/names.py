@@ -15,11 +15,14 @@ from checkpoints.files import CheckpointError
 
 CLIP_PREFIX = "clip."
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-PARALLEL_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+# Of DistributedDataParallel, torch.compile, and of Lightning modules, which keep the network as an attribute.
+OUTER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 SAVE_WEIGHTS = "Save the weights alone: torch.save(model.state_dict(), file)."
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "param_groups")
+# Among the tensors of our own files, where they were trained otherwise than OpenAI's: see save_checkpoint.
+GELU_MARK, SPEC_MARK = "clip.gelu_activation", "clip.image_spec"
 # Constants that some programs store beside the weights: the causal mask, 0, 1, 2..., sizes. No module here has them.
-NOT_WEIGHTS = {"attn_mask", "position_ids", "gelu_activation"}
+NOT_WEIGHTS = {"attn_mask", "position_ids", GELU_MARK.removeprefix("clip."), SPEC_MARK.removeprefix("clip.")}
 OPENAI_INTEGERS = {"input_resolution", "context_length", "vocab_size"}
 IN_BOTH_TOWERS = ("positional_embedding", "transformer.resblocks.0.attn.in_proj_weight")
 ONLY_IN_IMAGE_TOWER = ("class_embedding", "conv1.weight", "ln_pre.weight", "ln_post.weight", "proj")
@@ -29,7 +32,11 @@ REFUSED = {  # how a name begins -> what the file is
     ("visual.layer1.", "visual.attnpool."): "a CLIP with a ResNet image tower",
     ("visual.trunk.",): "an open_clip model with a timm image tower (SigLIP, EVA, ConvNeXt...)",
     ("text.transformer.embeddings.", "text.transformer.encoder."): "an open_clip model with a Hugging Face text tower",
+    (
+        "logit_bias",
+    ): "a CLIP trained with another loss, SigLIP's pairwise sigmoid, which adds its logit_bias to each pair",
 }
+CLIP_STARTS = (CLIP_PREFIX, "visual.", "text.", "vision_model.", "text_model.")
 
 HF_TRANSPOSED = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
 HF_PARTS = {  # what stands in a name of transformers -> in OpenAI's
@@ -49,6 +56,7 @@ HF_PARTS = {  # what stands in a name of transformers -> in OpenAI's
     "mlp.fc2": "mlp.c_proj",
 }
 HF_QKV = re.compile(r"(.+\.attn)\.([qkv])_proj\.(weight|bias)")
+LAYER_SCALE = re.compile(r"\.(?:ls_?\d|layer_?scale\w*)(?:\.|$)")
 PLAIN_CLIP = "clip"
 
 
@@ -85,9 +93,17 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     if not tensors or any(isinstance(value, Mapping) for value in content.values()):
         keys = ", ".join(map(str, list(content)[:6])) or "none"
         raise CheckpointError(f"no state dict was recognised in it; its first entries are: {keys}. {SAVE_WEIGHTS}")
-    while prefix := next((p for p in PARALLEL_PREFIXES if all(key.startswith(p) for key in tensors)), None):
+    while prefix := next((p for p in OUTER_PREFIXES if _is_around(p, tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def _is_around(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether `prefix` stands before all names, or, beside parts of a training program, before those of a CLIP."""
+    inner = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+    if len(inner) == len(tensors):
+        return True
+    return inner.isdisjoint(tensors) and any(name.startswith((*CLIP_STARTS, *OUTER_PREFIXES)) for name in inner)
 
 
 def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ()) -> NamedTensors:
@@ -100,6 +116,9 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
     for starts, what in REFUSED.items():
         if any(key.startswith(starts) for key in towers):
             raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
+    if scaled := [key for key in towers if LAYER_SCALE.search(key)]:
+        what = f"a CLIP with LayerScale, {len(scaled)} factors such as {min(scaled)}, which OpenAI's towers do not have"
+        raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
     has_integers = towers.keys() >= OPENAI_INTEGERS
     towers = {
         key: value for key, value in towers.items() if key.rpartition(".")[2] not in OPENAI_INTEGERS | NOT_WEIGHTS

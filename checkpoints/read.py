@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import CheckpointError, RawFile, read_raw
-from checkpoints.names import CLIP_PREFIX, NamedTensors, canonical_names, owned, unwrap
+from checkpoints.beside import Beside, of_sidecar, read_beside
+from checkpoints.files import CheckpointError, RawFile, read_json, read_raw
+from checkpoints.names import CLIP_PREFIX, GELU_MARK, SPEC_MARK, NamedTensors, canonical_names, owned, unwrap
 from checkpoints.whole import write_whole
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 EXAMPLES = 4
 ACTIVATIONS = ("quick_gelu", "gelu")
-GELU_MARK = "clip.gelu_activation"  # among the tensors of our files that were trained with gelu
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
 OPEN_CLIP_USUAL = (
     ("text_cfg", "pool_type", "argmax"),
@@ -44,14 +45,18 @@ class Checkpoint:
     activation: str | None  # "quick_gelu", "gelu", or None when nothing tells
     activation_reason: str
     encoder: str  # the name of the encoder that the file holds
+    beside: Beside = Beside()  # what stands beside the file and it does not show
 
 
-def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dict | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, encoders: Sequence[Any] = (), sidecar: dict | None = None, alone: bool = False
+) -> Checkpoint:
     """Read a CLIP or retrieval model from a file, or from a folder that holds one under its usual name.
 
     Known: OpenAI's TorchScript archives; state dicts of OpenAI, open_clip, CLIP4Clip and Hugging Face's CLIPModel, as
     .pt / .bin or .safetensors, also inside "state_dict", "model"... or behind "module."; and of each of `encoders`.
-    Nothing in the file is run. CheckpointError for anything else, saying what it looks like and what to do.
+    Nothing in the file is run. CheckpointError for anything else, saying what it looks like and what to do, and for
+    tensors that hold NaN or infinity. alone: nothing that stands beside the file is of it.
     """
     path = weight_file(path)
     raw = read_raw(path)
@@ -63,13 +68,38 @@ def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dic
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     sidecar = read_sidecar(path) if sidecar is None else sidecar
+    check_numbers(named.tensors, path)
+    beside = Beside() if alone else _beside(path, raw, named, sidecar)
     activation, reason = _activation(path, raw, named, sidecar)
     kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}"
     if raw.container == "torchscript":
         kind = "TorchScript archive of a CLIP, as OpenAI releases them"
     if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):
         kind += f", {n_heads} tensors of heads"
-    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder)
+    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder, beside)
+
+
+def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError for weights that are no numbers."""
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinity, such as {min(broken)}; give others")
+
+
+def _beside(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict | None) -> Beside:
+    """Of a file of ours: what its sidecar says, or, where it was copied without, its mark. Else other programs' files.
+
+    CheckpointError for what is not built here.
+    """
+    spec, source = (sidecar or {}).get("encoder"), Path(f"{path}.json")
+    if not sidecar and isinstance(raw.content, dict) and SPEC_MARK in raw.content:
+        source = path
+        try:
+            spec = json.loads(bytes(raw.content[SPEC_MARK].tolist()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {SPEC_MARK} in it is damaged ({error}); fetch or copy it again") from error
+    if sidecar or spec is not None:
+        return of_sidecar(spec if isinstance(spec, dict) else {}, source)
+    return read_beside(path, named.naming)
 
 
 def read_sidecar(path: str | Path) -> dict | None:
@@ -80,19 +110,6 @@ def read_sidecar(path: str | Path) -> dict | None:
     file = weight_file(path)
     beside = read_json(Path(f"{file}.json"))
     return beside if beside is not None or not file.is_symlink() else read_json(Path(f"{file.resolve()}.json"))
-
-
-def read_json(path: Path) -> dict | None:
-    """The JSON object in a file, None if there is no such file; CheckpointError if it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
-        return value
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Repair it or remove it.") from error
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -120,11 +137,14 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     module.load_state_dict(tensors, strict=True)
 
 
-def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], sidecar: dict) -> None:
+def save_checkpoint(
+    path: str | Path, tensors: Mapping[str, Tensor], sidecar: dict, unlike_openai: Mapping[str, Any] | None = None
+) -> None:
     """Write a plain state dict to `path` and `sidecar` to `<path>.json`; each is there whole or not at all.
 
     CLIP4Clip's own code can load the file. The sidecar must hold "activation"; for gelu, which CLIP4Clip does not have,
-    a mark among the tensors says so, too, as the file may be copied without its sidecar.
+    a mark among the tensors says so, too, as the file may be copied without its sidecar; for the same reason one holds
+    `unlike_openai`: of the encoder's spec, how its pictures are prepared, where that is not as OpenAI has it.
     """
     path = Path(path)
     if sidecar.get("activation") not in ACTIVATIONS:
@@ -133,6 +153,8 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], sidecar: di
     text = json.dumps(sidecar, indent=2, sort_keys=True) + "\n"
     if sidecar["activation"] == "gelu":
         plain[GELU_MARK] = torch.ones((), dtype=torch.long)
+    if unlike_openai:
+        plain[SPEC_MARK] = torch.tensor(list(json.dumps(dict(unlike_openai)).encode()), dtype=torch.uint8)
     write_sidecar = partial(write_whole, Path(f"{path}.json"), lambda file: file.write(text.encode()))
     # The sidecar moves when the weights are whole, just before them: a full disk leaves the former pair as it was.
     write_whole(path, lambda file: torch.save(plain, file), before_move=write_sidecar)
@@ -146,8 +168,11 @@ def weight_file(path: str | Path) -> Path:
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return path / name
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    remedy = f"Name the weight file itself; the folder holds: {found}"
+    entries = sorted(path.iterdir())
+    alike = [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
+    found = ", ".join(entry.name for entry in (alike or entries)[:8]) or "nothing"
+    kind = "these look like weights" if alike else "it holds no file that looks like weights, but"
+    remedy = f"Name the weight file itself; {kind}: {found}"
     raise CheckpointError(f"the folder {path} holds none of {', '.join(FOLDER_FILES)}. {remedy}")
 
 

@@ -30,6 +30,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], before_move: Ca
         beside.unlink(missing_ok=True)
 
 
+def try_to_write(folder: Path) -> None:
+    """Raises OSError unless a file can be written to `folder`, synced, moved there and removed."""
+    path = folder / f".try.{os.getpid()}"
+    try:
+        write_whole(path, lambda file: file.write(bytes(4096)))
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a killed run left in `folder`: they would fill the disk."""
     for path in folder.glob(".*.*.tmp"):

@@ -41,10 +41,10 @@ class Item:
 
 @dataclass(frozen=True)
 class VideoSource:
-    """How a clip becomes frames: which are chosen, in what order, at what size."""
+    """How a clip becomes frames: which are chosen, in what order, resized how."""
 
     sampling: FrameSampling
-    image_size: int
+    transform: FrameTransform
     frame_order: int = 0  # 0 as filmed, 1 reversed, 2 shuffled
 
     def read(self, split: RetrievalSplit, index: int, generator: np.random.Generator, caption: str = "") -> Item:
@@ -56,7 +56,7 @@ class VideoSource:
             return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
         if self.frame_order:
             frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
-        return Item(index, clip.video_id, FrameTransform(self.image_size)(frames), caption)
+        return Item(index, clip.video_id, self.transform(frames), caption)
 
 
 class VideoDataset(Dataset):

@@ -1,6 +1,7 @@
 """From options and weight files to a model."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,22 +17,32 @@ from engine.compat import COMPAT
 from engine.options import Options
 from engine.progress import log
 from modules.encoders import ENCODERS, Encoder
-from modules.encoders.base import Conventions
+from modules.encoders.base import NORM_EPS, Conventions, ImageInput, Sizes
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
 from modules.model import VideoTextModel
+from plugins import out_of_range
+
+# What heads are built from, of OpenAI's CLIPs by name; known before they are downloaded.
+OPENAI_SIZES = {
+    "ViT-B/32": Sizes(512, 77, 8, 512),
+    "ViT-B/16": Sizes(512, 77, 8, 512),
+    "ViT-L/14": Sizes(768, 77, 12, 768),
+}
 
 
 @dataclass(frozen=True)
 class Weights:
     """The file that a run starts from: resolved once, with what stands beside it.
 
-    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with.
+    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with. by_name: it is OpenAI's, and
+    nothing else in its folder is of it.
     """
 
     flag: str
     path: Path
     clip: "Weights | None" = None
+    by_name: bool = False
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
@@ -40,7 +51,7 @@ class Weights:
 
     def read(self) -> Checkpoint:
         """The tensors. Raises CheckpointError."""
-        return read_checkpoint(self.path, list(ENCODERS.values()), self.sidecar)
+        return read_checkpoint(self.path, list(ENCODERS.values()), self.sidecar, alone=self.by_name)
 
     def files(self) -> list[Path]:
         return [self.path, *(self.clip.files() if self.clip else [])]
@@ -68,9 +79,10 @@ def find_clip(options: Options, download: bool) -> Weights:
     flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
     if name not in OPENAI_CLIP:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
-    check_max_words(options, 77)  # as OpenAI's CLIPs have it
+    check_head(options, OPENAI_SIZES[name])
     folder = options.model.cache_dir.expanduser()
-    return Weights(flag, fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0])
+    path = fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0]
+    return Weights(flag, path, by_name=True)
 
 
 def existing(flag: str, path: Path, hint: str = "") -> Path:
@@ -78,6 +90,14 @@ def existing(flag: str, path: Path, hint: str = "") -> Path:
     if not (path := path.expanduser()).exists():
         raise CheckpointError(f"--{flag} {path}: no such file{hint}")
     return weight_file(path)
+
+
+def check_head(options: Options, sizes: Sizes) -> None:
+    """Before weights of these sizes are fetched: ValueError for words, frames or a head that do not fit them."""
+    check_max_words(options, sizes.context_length)
+    # Shapes alone: no memory, no random number. A head that needs numbers is checked when the weights are there.
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        check_frames(build_head(options, sizes, COMPAT[options.model.compat].conventions, {}, {}), options)
 
 
 def check_max_words(options: Options, most: int) -> None:
@@ -97,7 +117,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     rest = split_towers(checkpoint.tensors)[1]
     try:
         encoder, towers, new = build_encoder(options, weights, checkpoint, conventions)
-        head = build_head(options, encoder, weights.sidecar, rest)
+        head = build_head(options, encoder.head_sizes, conventions, weights.sidecar, rest)
     except ValueError as error:
         raise CheckpointError(f"{weights.path}: {error}") from error
     check_max_words(options, encoder.head_sizes.context_length)
@@ -110,7 +130,7 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     rest = tensors_of_head(options, built, towers, rest, weights.path)
     tensors = {CLIP_PREFIX + k: v for k, v in towers.items()} | rest
     load_weights(built, tensors, str(weights.path))
-    check_numbers(built, tensors, options, weights.path)
+    check_frames(head, options)
     reason, size = checkpoint.activation_reason, sum(p.numel() for p in built.parameters()) / 1e6
     log.info("weights: %s: %s; %s (%s)", weights.path, checkpoint.kind, encoder.activation, reason)
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(encoder.sizes).items())
@@ -119,34 +139,34 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     return built
 
 
-def check_numbers(model: VideoTextModel, tensors: Mapping[str, Tensor], options: Options, path: Path) -> None:
-    """Raises CheckpointError for weights that are no numbers, ValueError for longer clips than the head can take."""
-    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinity, such as {min(broken)}; give others")
-    clip = torch.zeros(1, options.data.max_frames, model.clip.head_sizes.embed_dim)
+def check_frames(head: Head, options: Options) -> None:
+    """Raises ValueError for longer clips than the head can take."""
+    clip = torch.zeros(1, options.data.max_frames, head.sizes.embed_dim)
     with torch.no_grad():
-        model.head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
-    model.head.train()
+        head.eval().video(clip, torch.ones(clip.shape[:2], dtype=torch.bool))  # eval: it draws nothing at random
+    head.train()
 
 
 def build_encoder(
     options: Options, weights: Weights, checkpoint: Checkpoint, conventions: Conventions
 ) -> tuple[Encoder, dict[str, Tensor], list[str]]:
     """The encoder, the tensors to load into it (without ``clip.``), and the names that no file holds a value for."""
-    chosen, own, path = ENCODERS[options.model.encoder], options.own["encoder"], checkpoint.path
+    chosen, own, path = ENCODERS[options.model.encoder], encoder_options(options, weights.sidecar), checkpoint.path
     held = ENCODERS[checkpoint.encoder]
     if held.name != PLAIN_CLIP and not issubclass(chosen, held):
         raise CheckpointError(f"{path} holds {held.title}; give {held.chosen_by}")
     found = split_towers(checkpoint.tensors)[0]
     towers = chosen.adapted(found)
-    merge_weight = chosen.merge_weight(own)
+    merge_weight, other = chosen.merge_weight(own), None
     if weights.clip is not None and merge_weight is not None:
-        clip = chosen.adapted(split_towers(weights.clip.read().tensors)[0])
+        other = weights.clip.read()
+        clip = chosen.adapted(split_towers(other.tensors)[0])
         kept = (*chosen.renamed.values(), *chosen.own_parts)
         towers = merge(towers, clip, merge_weight, kept)
         log.info("--mergeclip: %g x CLIP + %g x %s; kept %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
     activation = choose_activation(options.model.activation, checkpoint)
     encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
+    take_over(encoder, checkpoint, other)
     start = missing_own_parts(encoder, found)
     if start and options.model.finetuned_path:
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
@@ -156,6 +176,52 @@ def build_encoder(
         names = ", ".join(f"clip.{name}" for name in new)
         log.warning("%s holds nothing of %s: %d tensors start anew: %s", path, encoder.title, len(new), names)
     return encoder, towers | start | derived, new
+
+
+def encoder_options(options: Options, sidecar: Mapping[str, Any]) -> Any:
+    """The encoder's own: those that decide what is built and were not given are as the checkpoint's sidecar says."""
+    chosen, own, spec = ENCODERS[options.model.encoder], options.own["encoder"], sidecar.get("encoder", {})
+    if not isinstance(spec, dict) or spec.get("name") != chosen.name:
+        return own
+    stored = {name: value for name, value in (spec.get("options") or {}).items() if name in chosen.spec_options}
+    stored = {name: value for name, value in stored.items() if name not in options.given}
+    own = replace(own, **stored)
+    if problem := out_of_range(own):
+        raise ValueError(f"{problem} by the file's sidecar; repair it")
+    return own
+
+
+def take_over(encoder: Encoder, checkpoint: Checkpoint, merged: Checkpoint | None) -> None:
+    """What stands beside the weights counts from here on.
+
+    Raises CheckpointError where it names another image side than the weights have, and for weights to be `merged` whose
+    pictures are prepared otherwise.
+    """
+    side, beside = encoder.image.size, checkpoint.beside
+    for source in [checkpoint] + ([merged] if merged else []):
+        for key, told in source.beside.sides:
+            if told != side:
+                problem = f"{key} is {told}, but {source.path} has positions for {side} x {side} pixels"
+                raise CheckpointError(f"{problem}. Repair the file, or if it belongs to other weights, move it away")
+    if merged:
+        usual = {"image": asdict(ImageInput(side)), "norm_eps": [NORM_EPS] * 2}
+        mine, theirs = (
+            in_words({"image": usual["image"] | b.image, "norm_eps": b.norm_eps or usual["norm_eps"]})
+            for b in (beside, merged.beside)
+        )
+        if mine != theirs:
+            told = f"{checkpoint.path}: {mine}; {merged.path}: {theirs}"
+            raise CheckpointError(f"--mergeclip averages weights whose pictures are prepared alike. {told}")
+    encoder.take_over(beside.image, beside.norm_eps)
+    if encoder.unlike_built:
+        log.info("not OpenAI's preprocessing, by %s: %s", ", ".join(beside.files), in_words(encoder.unlike_built))
+
+
+def in_words(unlike: Mapping[str, Any]) -> str:
+    """`Encoder.unlike_built` in a line."""
+    told = {**unlike.get("image", {}), "norm_eps": unlike.get("norm_eps")}
+    shown = {k: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in told.items() if v is not None}
+    return ", ".join(f"{k} {v}" for k, v in shown.items()) or "OpenAI's"
 
 
 def missing_own_parts(encoder: Encoder, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +245,13 @@ def choose_activation(wanted: str, checkpoint: Checkpoint) -> str:
     return told if wanted == "auto" else wanted
 
 
-def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
+def build_head(
+    options: Options,
+    sizes: Sizes,
+    conventions: Conventions,
+    sidecar: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Head:
     """The head of --sim_header; with --interaction its frames meet the text tokens.
 
     Options that weights do not show come from the command line, else from the sidecar; ValueError where nobody says.
@@ -192,7 +264,7 @@ def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], t
                 own = replace(own, **{field.name: stored[field.name]})
             elif "sim_header" not in sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
                 raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
-    built = head(encoder.head_sizes, own, encoder.conventions)
+    built = head(sizes, own, conventions)
     return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
 
 

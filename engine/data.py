@@ -14,11 +14,12 @@ from dataloaders.integrity import Overlap, caption_doubts, check_complete, check
 from dataloaders.loaders import CaptionBatches, Reading, pair_loader, video_loader
 from dataloaders.registry import DATASETS, QueryBank, load_query_bank, load_split, short_id
 from dataloaders.split import RetrievalSplit
-from dataloaders.video import FrameSampling
+from dataloaders.video import FrameSampling, FrameTransform
 from engine.build import Weights
 from engine.distributed import World
 from engine.options import Options
 from engine.progress import log
+from modules.encoders.base import ImageInput
 from modules.tokenizer import lengths_of_cut
 
 
@@ -115,17 +116,19 @@ def trained_videos(before: Any, source: str, train: RetrievalSplit | None) -> di
 
 @dataclass(frozen=True)
 class Loaders:
-    """Makes the loaders of a run. tokenize: captions -> ids and mask; image_size: side of the frames in pixels."""
+    """Makes the loaders of a run. tokenize: captions -> ids and mask; image: what the encoder takes."""
 
     options: Options
     world: World
     tokenize: Callable[..., Any]
-    image_size: int
+    image: ImageInput
 
     def source(self, frame_order: int) -> VideoSource:
         data, own = self.options.data, self.options.own["frame_rule"]
         sampling = FrameSampling(data.frame_rule, data.feature_framerate, data.max_frames, options=own)
-        return VideoSource(sampling, self.image_size, frame_order)
+        image = self.image
+        resize = FrameTransform(image.size, image.resize_mode, image.interpolation, image.fill_color)
+        return VideoSource(sampling, resize, frame_order)
 
     def reading(self) -> Reading:
         on_gpu = self.world.device.type == "cuda"

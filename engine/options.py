@@ -53,16 +53,24 @@ class DataOptions:
     train_frame_order: int = flag(0, "order in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     eval_frame_order: int = flag(0, "order in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
-    num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
-    allow_missing: bool = flag(False, "accept other counts and missing or unreadable videos; results.json says so")
-    allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results.json")
+    num_thread_reader: int = flag(
+        2, "loader worker processes, 0 = read in the main process", must_be=at_least(0), on_resume="free"
+    )
+    allow_missing: bool = flag(
+        False, "accept other counts and missing or unreadable videos; results.json says so", on_resume="free"
+    )
+    allow_overlap: bool = flag(
+        False, "score a checkpoint on videos that it was trained on; recorded in results.json", on_resume="free"
+    )
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which weights, encoder, head and loss."""
 
-    pretrained_clip_name: str = flag("ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, or the path of CLIP weights")
+    pretrained_clip_name: str = flag(
+        "ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, or the path of CLIP weights", on_resume="free"
+    )
     cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept", type=Path)
     init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)
     finetuned_path: Path | None = flag(None, "retrieval checkpoint to evaluate", type=Path)
@@ -84,7 +92,7 @@ class ModelOptions:
 class TrainOptions:
     """Optimisation. `batch_size` is that of all processes together."""
 
-    epochs: int = flag(5, "passes over the training pairs", must_be=at_least(1))
+    epochs: int = flag(5, "passes over the training pairs", must_be=at_least(1), on_resume="rise")
     batch_size: int = flag(128, "training pairs per step, over all processes", must_be=at_least(1))
     lr: float = flag(1e-4, "learning rate of heads, losses and new parts of an encoder", must_be=above(0))
     coef_lr: float = flag(
@@ -97,12 +105,19 @@ class TrainOptions:
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(
-        1, "pieces in which a batch is encoded, to save memory; the gradient is the whole batch's", must_be=at_least(1)
+        1,
+        "pieces in which a batch is encoded, to save memory; the gradient is the whole batch's",
+        must_be=at_least(1),
+        on_resume="rounding",
     )
-    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps")
-    n_display: int = flag(50, "steps between log lines", must_be=at_least(1))
-    save_steps: int = flag(500, "steps between checkpoints; 0: at the ends of epochs only", must_be=at_least(0))
+    grad_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, slower", on_resume="rounding"
+    )
+    compile: bool = flag(False, "torch.compile the transformers: a slow start, then faster steps", on_resume="rounding")
+    n_display: int = flag(50, "steps between log lines", must_be=at_least(1), on_resume="free")
+    save_steps: int = flag(
+        500, "steps between checkpoints; 0: at the ends of epochs only", must_be=at_least(0), on_resume="free"
+    )
     resume_model: Path | None = flag(None, "checkpoint_last.pt to go on from; auto: that of --output_dir", type=Path)
     select_on: str = flag(
         "auto",
@@ -110,27 +125,38 @@ class TrainOptions:
         "--compat of a source project, else val where the dataset has one, else test",
         choices=("auto", "val", "test", "last"),
     )
-    keep_epochs: bool = flag(False, "also keep the weights of every epoch, as pytorch_model.bin.0, .1 and so on")
-    tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard")
+    overwrite: bool = flag(
+        False, "start anew where a training run already lies in --output_dir, in its place", on_resume="free"
+    )
+    keep_epochs: bool = flag(
+        False, "also keep the weights of every epoch, as pytorch_model.bin.0, .1 and so on", on_resume="free"
+    )
+    tensorboard: bool = flag(False, "also write TensorBoard scalars to --output_dir/tensorboard", on_resume="free")
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What this run does, where, and in which precision."""
 
-    do_train: bool = flag(False, "fine-tune, evaluating after every epoch")
-    do_eval: bool = flag(False, "evaluate the weights on --eval_split")
-    dry_run: bool = flag(False, "do everything up to the first step, print the plan and stop")
-    eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"))
+    do_train: bool = flag(False, "fine-tune, evaluating after every epoch", on_resume="free")
+    do_eval: bool = flag(False, "evaluate the weights on --eval_split", on_resume="free")
+    dry_run: bool = flag(False, "do everything up to the first step, print the plan and stop", on_resume="free")
+    eval_split: str = flag("test", "split that --do_eval scores", choices=("test", "val"), on_resume="free")
     output_dir: Path | None = flag(None, "folder for everything the run writes", type=Path)
-    batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1))
-    save_similarity: bool = flag(False, "also write similarity.npz")
+    batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1), on_resume="free")
+    save_similarity: bool = flag(False, "also write similarity.npz", on_resume="free")
     similarity_memory_mb: int = flag(
-        1024, "MiB at a time for heads that compare every text with every video", must_be=at_least(1)
+        1024, "MiB at a time for heads that compare every text with every video", must_be=at_least(1), on_resume="free"
     )
-    qb_norm: bool = flag(False, "also report QB-Norm, with captions of the training split as its query bank")
-    qb_size: int = flag(10000, "captions in --qb_norm's bank, drawn with --seed; 0 takes all", must_be=at_least(0))
-    device: str = flag("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"))
+    qb_norm: bool = flag(
+        False, "also report QB-Norm, with captions of the training split as its query bank", on_resume="free"
+    )
+    qb_size: int = flag(
+        10000, "captions in --qb_norm's bank, drawn with --seed; 0 takes all", must_be=at_least(0), on_resume="free"
+    )
+    device: str = flag(
+        "auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda"), on_resume="rounding"
+    )
     precision: str = flag(
         "auto",
         "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
@@ -138,7 +164,7 @@ class RunOptions:
         "bf16 on CUDA cards that have it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
-    fp16: bool = flag(False, "same as --precision fp16")
+    fp16: bool = flag(False, "same as --precision fp16", on_resume="free")
     seed: int = flag(42, "seed of everything random", must_be=("in 0..2147483647", lambda v: 0 <= v < 2**31))
 
 
@@ -353,6 +379,13 @@ def check_run(options: Options) -> None:
         raise ValueError("--finetuned_path is for evaluation; to train on from a checkpoint give --init_model")
     if train.resume_model and not run.do_train:
         raise ValueError("--resume_model continues a training run; add --do_train")
+    if train.resume_model and train.overwrite:
+        raise ValueError("--overwrite starts anew, --resume_model goes on with what is there; give one of them")
+    least = LOSSES[model.loss].least_pairs
+    if run.do_train and train.batch_size < least:
+        alone = "nothing to tell apart" if train.batch_size == 1 else "too few"
+        problem = f"--batch_size {train.batch_size}: {alone}, so that --loss {model.loss} would teach nothing"
+        raise ValueError(f"{problem}; give at least {least}")
     if train.resume_model not in (None, AUTO) and model.init_model:
         raise ValueError("--resume_model already holds the weights; leave --init_model out")
     if pieces > train.batch_size:

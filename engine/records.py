@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("compat", "frame_rule", "feature_framerate", "max_frames", "max_words")
 LAST, SELECTED, HISTORY = "checkpoint_last.pt", "pytorch_model.bin", "history.jsonl"
 RESULTS, SIMILARITY = "results.json", "similarity.npz"
+WRITTEN = ("log.txt", RESULTS, SIMILARITY, HISTORY, SELECTED, f"{SELECTED}.json", LAST)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -44,6 +45,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def surroundings() -> dict[str, Any]:
+    """Of results.json: what a run finds at its start and may be gone or another at its end."""
+    return {"versions": versions(), "folder": str(Path.cwd()), "git": git_revision()}
 
 
 def results(
@@ -74,9 +80,7 @@ def results(
         "tower": encoder.tower,
         "activation": encoder.activation,
         "trained_in": beside.get("precision"),
-        "versions": versions(),
-        "folder": str(Path.cwd()),
-        "git": git_revision(),
+        "image": asdict(encoder.image),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
         "sha256": {

@@ -23,12 +23,13 @@ import torch
 
 from checkpoints.read import CheckpointError
 from checkpoints.whole import write_whole
-from engine.build import checkpoint_tensors, load_weights
+from engine.build import checkpoint_tensors, in_words, load_weights
 from engine.distributed import agree, barrier, gather_objects
-from engine.options import ALL, AUTO, recorded
+from engine.options import ALL, AUTO, Options, recorded
 from engine.progress import log
-from engine.records import LAST, SELECTED
+from engine.records import HISTORY, LAST, RESULTS, SELECTED, SIMILARITY
 from engine.step import Trainer, random_state, set_random_state
+from modules.optim import BertAdam
 
 VERSION = 2
 
@@ -133,6 +134,8 @@ def find_last(wanted: Path | None, folder: Path) -> Path | None:
 
 def load_last(path: Path) -> dict[str, Any]:
     """Read a checkpoint_last.pt; ``source`` is its path. Raises CheckpointError for anything else."""
+    if path.is_dir():
+        raise CheckpointError(f"--resume_model {path} is a folder; give the {LAST} in it, or auto with --output_dir")
     if not path.is_file():
         raise CheckpointError(f"--resume_model {path}: no such file; it takes the checkpoint_last.pt of a run, or auto")
     try:
@@ -147,13 +150,8 @@ def load_last(path: Path) -> dict[str, Any]:
     return content | {"source": path}
 
 
-# Options that a resumed run may change: where things lie, what is shown or written besides, how it is read.
-PLACES = {f.name for options in ALL for f in fields(options) if f.metadata["type"] is Path} | {"pretrained_clip_name"}
-SHOWN = {"n_display", "save_steps", "keep_epochs", "tensorboard", "do_train", "do_eval", "eval_split"}
-SCORED = {"allow_missing", "allow_overlap", "similarity_memory_mb", "save_similarity", "qb_norm", "qb_size"}
-HARMLESS = PLACES | SHOWN | SCORED | {"num_thread_reader", "batch_size_val", "fp16"}
-# Options that leave loss and gradient what they are, but for the order of summation.
-ROUNDING = {"gradient_accumulation_steps", "grad_checkpointing", "compile", "device"}
+# Which options a resumed run may change is said where they are declared.
+ON_RESUME = {field.name: field.metadata["on_resume"] for options in ALL for field in fields(options)}
 
 
 def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -> None:
@@ -162,38 +160,88 @@ def check_options(content: dict[str, Any], record: dict[str, Any], ranks: int) -
     Raises CheckpointError that lists what differs and matters; warns of what may change the last bits.
     """
     before, now, facts = recorded(content["options"]), record["options"], content["facts"]
+    facts = {"preprocessing": in_words({})} | facts  # as all had it before it was noted
     differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     words = {k: f"--{k} {before.get(k, '(not known)')} -> {now.get(k, '(not known)')}" for k in differing}
-    refused = [words[k] for k in differing if k not in HARMLESS | ROUNDING]
+    risen = {k for k in differing if ON_RESUME.get(k) == "rise" and k in before and before[k] < now[k]}
+    refused = [words[k] for k in differing if ON_RESUME.get(k) not in ("free", "rounding") and k not in risen]
     refused += [f"{k} {facts.get(k)} -> {value}" for k, value in record["facts"].items() if facts.get(k) != value]
     if refused:
         told = f"--resume_model: the run was made with other options: {'; '.join(refused)}"
         raise CheckpointError(f"{told}. Give those of the interrupted run, or start anew in another --output_dir")
-    rounding = [words[k] for k in differing if k in ROUNDING]
+    rounding = [words[k] for k in differing if ON_RESUME.get(k) == "rounding"]
     if len(content["random"]) != ranks:
         rounding.append(f"{len(content['random'])} processes -> {ranks}")
     if rounding:
         log.warning("resumed with %s: exact but for rounding, so not bit-identical", "; ".join(rounding))
 
 
-def resume(content: dict[str, Any], trainer: Trainer, record: dict[str, Any], folder: Path) -> Progress:
+def resume(content: dict[str, Any], trainer: Trainer, folder: Path) -> Progress:
     """Put a run back where `content` of :func:`load_last` left it; `folder` is the output folder now.
 
-    Raises CheckpointError when options that matter differ.
+    Its options were checked by :func:`check_options`. Raises CheckpointError for a checkpoint of another model.
     """
     source = content["source"]
-    check_options(content, record, trainer.world.size)
     theirs, ours = content["optimizer"]["param_groups"], trainer.optimizer.param_groups
     if [group["names"] for group in theirs] != [group["names"] for group in ours]:
         raise CheckpointError("--resume_model: the checkpoint's optimiser groups hold other parameters than this model")
     load_weights(trainer.model, content["model"], str(source))
-    trainer.optimizer.load_state_dict(content["optimizer"])
+    load_optimizer(trainer.optimizer, content["optimizer"])
     trainer.scaler.load_state_dict(content["scaler"])
     set_random_state(content["random"][trainer.world.rank % len(content["random"])], trainer.world.device)
     state = Progress(**content["progress"])
     recover_selected(source, folder, state, trainer.world.is_main)
     log.info("resumed from %s: epoch %d, step %d", source, state.epoch + 1, state.step)
     return state
+
+
+def load_optimizer(optimizer: BertAdam, state: dict[str, Any]) -> None:
+    """Put the optimiser's state back. With more epochs, the schedule of the new number of steps counts from here on."""
+    total = optimizer.param_groups[0]["t_total"]
+    optimizer.load_state_dict(state)
+    before, rate = optimizer.param_groups[0]["t_total"], max(optimizer.current_lrs())
+    for group in optimizer.param_groups:
+        group["t_total"] = total
+    if before != total:
+        done, now = optimizer.steps_taken(), max(optimizer.current_lrs())
+        log.warning(
+            "%d steps in all in place of %d: after the %d that are done, the learning rate follows the schedule of %d "
+            "steps; the next step's is %.3g, by the former schedule %.3g",
+            *(total, before, done, total, now, rate),
+        )
+
+
+def check_folder(options: Options, last: Path | None, weights: list[Path]) -> None:
+    """Before a run that starts anew: raises ValueError where --output_dir holds a training run that it would replace.
+
+    last: the checkpoint to go on from. weights: the files to start from, which --overwrite must leave.
+    """
+    folder = options.run.output_dir
+    there = former_files(folder)
+    if not options.run.do_train or last or not there:
+        return
+    if not options.train.overwrite:
+        auto = (folder / LAST).exists()
+        go_on = "go on with it by --resume_model auto" if auto else f"without {LAST} it cannot go on"
+        remedy = f"{go_on}; start anew in its place with --overwrite; or give another --output_dir"
+        raise ValueError(f"--output_dir {folder} holds a training run ({', '.join(p.name for p in there)}): {remedy}")
+    if own := sorted({p.resolve() for p in weights} & {p.resolve() for p in there}):
+        raise ValueError(f"--overwrite would remove {own[0]}, which the run starts from; give another --output_dir")
+
+
+def former_files(folder: Path) -> list[Path]:
+    """What a training run has left in `folder` and a new one replaces."""
+    kept = (
+        path for path in sorted(folder.glob(f"{SELECTED}.*")) if path.name[len(SELECTED) + 1 :].split(".")[0].isdigit()
+    )
+    return [*(path for name in (LAST, SELECTED, HISTORY) if (path := folder / name).exists()), *kept]
+
+
+def remove_former(folder: Path) -> None:
+    """With --overwrite: an earlier run's files, so that none of them is taken for one of the new run."""
+    beside = (folder / name for name in (f"{SELECTED}.json", RESULTS, SIMILARITY))
+    for path in [*former_files(folder), *beside]:
+        path.unlink(missing_ok=True)
 
 
 def recover_selected(source: Path, folder: Path, state: Progress, is_main: bool) -> None:

@@ -10,15 +10,15 @@ from torch.utils.data import DataLoader
 
 from checkpoints.read import save_checkpoint
 from checkpoints.whole import remove_leftovers
-from engine.build import checkpoint_tensors
+from engine.build import checkpoint_tensors, in_words
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
 from engine.distributed import agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
-from engine.options import TrainOptions
+from engine.options import Options, TrainOptions
 from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
 from engine.records import HISTORY, SELECTED, sidecar, write_history, write_json
-from engine.resume import Progress, StopRequest, resume, save_last
+from engine.resume import Progress, StopRequest, remove_former, resume, save_last
 from engine.step import NonFiniteError, Shares, Trainer, TrainingError, build_optimizer, trade
 from modules.metrics import format_metrics
 from modules.model import VideoTextModel
@@ -121,13 +121,25 @@ def _step(run: Training, batch: Any, shares: Shares, watch: EpochWatch) -> None:
     add_scalars(run.writer, {f"train/{name}": value for name, value in shown.items()}, step)
 
 
+def record_of(model: VideoTextModel, options: Options, data: RunData) -> dict[str, Any]:
+    """What a checkpoint says of its run, and what a resumed run is compared with."""
+    facts = {"training data": data.train.digest(), "activation": model.clip.activation}
+    facts["preprocessing"] = in_words(model.clip.unlike_built)
+    return {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
+
+
 def fine_tune(
-    model: VideoTextModel, loaders: Loaders, data: RunData, resumed: dict[str, Any] | None, stop: StopRequest
+    model: VideoTextModel,
+    loaders: Loaders,
+    data: RunData,
+    record: dict[str, Any],
+    resumed: dict[str, Any] | None,
+    stop: StopRequest,
 ) -> Evaluation | None:
     """Train, keeping the weights of the best epoch (--select_on last: of the last) as pytorch_model.bin.
 
     Best is the highest text-to-video R@1; on a tie the later epoch is kept. Returns its evaluation if it was the last.
-    resumed: the checkpoint to go on from.
+    record: of :func:`record_of`. resumed: the checkpoint to go on from, of the same options.
     """
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
     training, loader = options.train, loaders.training_pairs(data.train)
@@ -136,11 +148,11 @@ def fine_tune(
     optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
     pieces = training.gradient_accumulation_steps
     trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
-    facts = {"training data": data.train.digest(), "activation": model.clip.activation}
-    record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
     if world.is_main:
         remove_leftovers(folder)
-    state = resume(resumed, trainer, record, folder) if resumed else Progress()
+        if training.overwrite:
+            remove_former(folder)
+    state = resume(resumed, trainer, folder) if resumed else Progress()
     curves = folder / "tensorboard" if training.tensorboard and world.is_main else None
     writer = curves and open_tensorboard(curves, first_step=state.epoch * len(loader) + state.step + 1)
     beside = sidecar(model, options, data)
@@ -177,7 +189,8 @@ def _close_epoch(run: Training, line: dict[str, Any]) -> None:
     if run.trainer.world.is_main:
         made = run.beside | {"epoch": state.epoch, "score": score}
         for name in [SELECTED] * selected + [f"{SELECTED}.{state.epoch}"] * run.options.keep_epochs:
-            save_checkpoint(run.folder / name, checkpoint_tensors(run.trainer.model), made)
+            model = run.trainer.model
+            save_checkpoint(run.folder / name, checkpoint_tensors(model), made, model.clip.unlike_built)
         write_history(run.folder / HISTORY, state.history)
     state.epoch, state.step, state.losses, state.dropped, state.seconds = state.epoch + 1, 0, [], [], 0.0
     run.save()

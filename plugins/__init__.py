@@ -12,10 +12,13 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Range = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and whether one is
+# What a flag may have when a run goes on from a checkpoint (--resume_model): the same value only; any, as it changes
+# nothing of training; any, with a warning, as it changes the last bits only; a higher one.
+OnResume = Literal["", "free", "rounding", "rise"]
 FALSE_WORDS, TRUE_WORDS = ("false", "no", "off", "0"), ("true", "yes", "on", "1")
 
 
@@ -50,15 +53,19 @@ def flag(
     type: Callable[[str], Any] | None = None,
     choices: tuple[Any, ...] | None = None,
     must_be: Range | None = None,
+    on_resume: OnResume = "",
     **more: Any,
 ) -> Any:
     """A dataclass field that is a command-line flag; a bool default makes a switch.
 
-    type: text to value, needed where the default is None. must_be: see :func:`at_least`. more: stays in the metadata.
+    type: text to value, needed where the default is None. must_be: see :func:`at_least`. on_resume: see
+    :data:`OnResume`; a path is always free. more: stays in the metadata.
     """
+    if type is Path:
+        on_resume = "free"
     if type is None:
         type = parse_bool if isinstance(default, bool) else default.__class__
-    about = {"help": help, "type": type, "choices": choices, "must_be": must_be, **more}
+    about = {"help": help, "type": type, "choices": choices, "must_be": must_be, "on_resume": on_resume, **more}
     return dataclasses.field(default=default, metadata=about)
 
 

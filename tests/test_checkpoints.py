@@ -186,8 +186,10 @@ def test_torchscript_views_and_shared_storage(tmp_path):
         lambda state: {"model_state_dict": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
         lambda state: {"state_dict": {"module": state}},
+        lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 1},
+        lambda state: {"state_dict": {f"net.module.clip.{k}": v for k, v in state.items()}},
     ],
-    ids=["plain", "state_dict", "model", "model_state_dict", "prefixes", "nested"],
+    ids=["plain", "state_dict", "model", "model_state_dict", "prefixes", "nested", "lightning", "net"],
 )
 @pytest.mark.parametrize("legacy", [False, True])
 def test_plain_state_dict(tmp_path, wrap, legacy):
@@ -196,6 +198,19 @@ def test_plain_state_dict(tmp_path, wrap, legacy):
     checkpoint = read_checkpoint(tmp_path / "x.pt")
     assert_equal(checkpoint.tensors, canonical(state))
     assert checkpoint.activation is None
+
+
+def test_parts_of_a_training_program_beside_a_clip(tmp_path):
+    """Lightning keeps a loss with parameters beside the network; a second network is never taken for the first."""
+    state = {f"model.{k}": v for k, v in tiny().state_dict().items()} | {"loss.weight": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    towers, rest = split_towers(read_checkpoint(tmp_path / "x.ckpt").tensors)
+    assert_equal(towers, canonical(tiny().state_dict(), ""))
+    assert set(rest) == {"loss.weight"}
+    torch.save(tiny().state_dict() | {k: v + 1 for k, v in state.items()}, tmp_path / "x.ckpt")
+    towers, rest = split_towers(read_checkpoint(tmp_path / "x.ckpt").tensors)
+    assert_equal(towers, canonical(tiny().state_dict(), ""))
+    assert "model.visual.proj" in rest
 
 
 def test_module_inside_a_name_stays(tmp_path):
@@ -458,6 +473,8 @@ def test_clip_sizes_of_the_recorded_models():
         ("visual.conv1.weight", (128, 3, 8, 4), "not square image patches"),
         ("visual.conv1.weight", (100, 3, 8, 8), "not a multiple of 64"),
         ("visual.conv1.weight", (1280, 3, 14, 14), "wider than ViT-L"),
+        ("visual.transformer.resblocks.0.mlp.c_fc.weight", (768, 128), "image tower's MLPs are 6 times as wide"),
+        ("transformer.resblocks.0.mlp.c_fc.weight", (128, 64), "text tower's MLPs are 2 times as wide"),
     ],
 )
 def test_clip_sizes_refuses(key, shape, message):
@@ -507,6 +524,15 @@ WRONG = {
     "adam": (lambda: saved(torch.optim.Adam([nn.Parameter(torch.ones(1))]).state_dict()), "state of an optimizer"),
     "resnet": (lambda: saved({"visual.layer1.0.conv1.weight": torch.ones(1)}), "ResNet image tower"),
     "siglip": (lambda: saved({"visual.trunk.blocks.0.x": torch.ones(1)}), "timm image tower"),
+    "logit_bias": (lambda: saved(tiny().state_dict() | {"logit_bias": torch.ones(1)}), "another loss.*logit_bias"),
+    "layer_scale": (
+        lambda: saved(tiny().state_dict() | {"visual.transformer.resblocks.1.ls_1.gamma": torch.ones(128)}),
+        r"LayerScale, 1 factors such as visual\.transformer\.resblocks\.1\.ls_1",
+    ),
+    "nan": (
+        lambda: saved(tiny().state_dict() | {"logit_scale": torch.tensor(float("nan"))}),
+        "such as clip.logit_scale",
+    ),
     "other": (lambda: saved({"encoder.weight": torch.ones(1)}), r"something other than a CLIP.*encoder\.weight"),
     "half": (
         lambda: saved({k: v for k, v in tiny().state_dict().items() if k != "text_projection"}),
@@ -533,7 +559,10 @@ def test_a_missing_file_and_a_folder_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="No such file.*Check the path"):
         read_checkpoint(tmp_path / "none.pt")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(CheckpointError, match=r"holds none of model\.safetensors.*notes\.txt"):
+    with pytest.raises(CheckpointError, match=r"holds none of model\.safetensors.*looks like weights, but: notes\.txt"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "best.ckpt").write_text("")
+    with pytest.raises(CheckpointError, match=r"these look like weights: best\.ckpt$"):
         read_checkpoint(tmp_path)
 
 

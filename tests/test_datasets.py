@@ -66,7 +66,7 @@ def test_evaluation_shards_cover_everything_once(world_size):
 
 def test_pairs_expanded_and_drawn(splits):
     train = splits["train"]
-    source = VideoSource(SAMPLING, 32)
+    source = VideoSource(SAMPLING, FrameTransform(32))
     expanded = PairDataset(train, source, expand=True)
     assert len(expanded) == len(train.captions) == 48 * 20
     item = expanded[0, 25]
@@ -82,7 +82,9 @@ def test_pairs_expanded_and_drawn(splits):
 
 
 def test_a_training_batch(splits):
-    loader = pair_loader(splits["train"], VideoSource(SAMPLING, 32), tokenize, Reading(), expand=True, batch_size=8)
+    loader = pair_loader(
+        splits["train"], VideoSource(SAMPLING, FrameTransform(32)), tokenize, Reading(), expand=True, batch_size=8
+    )
     batch = next(iter(loader))
     assert batch.frames.dtype == torch.uint8
     assert batch.frames.shape[0] == 8
@@ -100,7 +102,7 @@ def test_every_video_and_caption_once(splits):
             i
             for rank in range(world_size)
             for batch in video_loader(
-                test, VideoSource(SAMPLING, 32), Reading(rank=rank, world_size=world_size), batch_size=5
+                test, VideoSource(SAMPLING, FrameTransform(32)), Reading(rank=rank, world_size=world_size), batch_size=5
             )
             for i in batch.index.tolist()
         ]
@@ -116,7 +118,7 @@ def test_every_video_and_caption_once(splits):
 
 def test_frame_order(splits):
     test = splits["test"]
-    sources = [VideoSource(SAMPLING, 32, frame_order=order) for order in range(3)]
+    sources = [VideoSource(SAMPLING, FrameTransform(32), frame_order=order) for order in range(3)]
     straight, back, mixed = (VideoDataset(test, source, seed=4) for source in sources)
     for index in range(4):
         frames = straight[index].frames
@@ -131,7 +133,7 @@ def test_a_frame_rule_may_draw_in_training_and_not_in_evaluation(splits, monkeyp
             return [0 if generator is None else 1 + int(generator.integers(frame_count - 1))]
 
     monkeypatch.setitem(RULES, "drawn", Drawn)
-    source = VideoSource(FrameSampling("drawn"), 32)
+    source = VideoSource(FrameSampling("drawn"), FrameTransform(32))
     pairs, videos = PairDataset(splits["train"], source, expand=True), VideoDataset(splits["train"], source)
     first = FrameTransform(32)(decode_frames(splits["train"].videos[0].path, [0]))
     assert torch.equal(videos[0].frames, first)

@@ -108,6 +108,10 @@ def test_booleans_mean_what_they_say(text, value):
             ["--gradient_accumulation_steps", "9", "--batch_size", "8"],
             "--gradient_accumulation_steps 9 exceeds --batch_size 8",
         ),
+        (
+            ["--do_train", "--train_csv", "t", "--resume_model", "auto", "--overwrite"],
+            "--overwrite starts anew, --resume_model goes on",
+        ),
         (["--save_steps", "-1"], "--save_steps must be >= 0, got -1"),
         (["--do_train", "--train_csv", "t", "--resume_model", "a", "--init_model", "b"], "leave --init_model out"),
         (["--do_train"], "--datatype msrvtt with --do_train needs --train_csv"),
@@ -186,9 +190,12 @@ def test_an_interaction_never_takes_the_place_of_a_heads_own_video_part(monkeypa
 )
 def test_what_weights_do_not_show_is_asked_for(sidecar, given, heads):
     options = parse_options([*BASE, "--sim_header", "xpool", *given])
-    tensors = {"pool_frames.q_proj.weight": torch.zeros(1)}
+    tensors, encoder = {"pool_frames.q_proj.weight": torch.zeros(1)}, make_encoder("clip", SIZES)
     if heads is None:
         with pytest.raises(ValueError, match="weights do not show --num_mha_heads: give the number"):
-            build_head(options, make_encoder("clip", SIZES), sidecar, tensors)
+            build_head(options, encoder.head_sizes, encoder.conventions, sidecar, tensors)
     else:
-        assert build_head(options, make_encoder("clip", SIZES), sidecar, tensors).options.num_mha_heads == heads
+        assert (
+            build_head(options, encoder.head_sizes, encoder.conventions, sidecar, tensors).options.num_mha_heads
+            == heads
+        )

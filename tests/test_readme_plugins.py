@@ -44,12 +44,13 @@ import sys, torch
 from engine.data import Loaders, load_data
 from engine.distributed import World
 from engine.options import parse_options
+from modules.encoders.base import ImageInput
 from modules.losses import LOSSES
 from modules.losses.base import Pairs
 from modules.losses.contrastive import contrastive_loss
 
 options = parse_options(sys.argv[1:])
-loaders = Loaders(options, World(0, 1, torch.device("cpu")), list, 16)
+loaders = Loaders(options, World(0, 1, torch.device("cpu")), list, ImageInput(16))
 pairs = loaders.training_pairs(load_data(options, "train")).dataset
 videos = loaders.videos(load_data(options, "test")).dataset
 same = [torch.equal(pairs[0, i].frames, pairs[1, i].frames) for i in range(len(pairs))]
@@ -139,7 +140,7 @@ def test_their_flags_are_refused_where_they_are_not_chosen(tree, msrvtt_flags):
 def test_head_loss_and_encoder_train_and_evaluate(tree, msrvtt_flags, tmp_path):
     weights = tmp_path / "out" / "pytorch_model.bin"
     again = replaced(msrvtt_flags, finetuned_path=weights, output_dir=tmp_path / "again")
-    evaluation = ["--do_eval", "--save_similarity", *HEAD[:2], *ENCODER, *again]  # the sidecar knows the temperature
+    evaluation = ["--do_eval", "--save_similarity", *HEAD[:2], *ENCODER[:2], *again]  # the sidecar knows the rest
     main(tree, [*TRAINED, *HEAD, *LOSS, *ENCODER, *msrvtt_flags], evaluation)
     tensors = torch.load(weights, weights_only=True)
     assert {name for name in tensors if not name.startswith("clip.")} == {"frame_score.weight"}

@@ -4,7 +4,7 @@ Letters: N captions, V videos, L tokens, T frames, D embedding width, S image si
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from plugins import NoOptions, Registry
 ENCODERS: Registry[type["Encoder"]] = Registry("encoder", "encoder")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NORM_EPS = 1e-5  # of CLIP's LayerNorms, and torch's default
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,11 @@ class ImageInput:
     size: int  # side in pixels
     mean: tuple[float, float, float] = CLIP_MEAN  # of values in 0..1
     std: tuple[float, float, float] = CLIP_STD
-    resize_mode: str = "shortest"  # the short side to `size`, then the centre square
-    interpolation: str = "bicubic"
+    # shortest: the short side to `size`, then the centre square; longest: the long side, then bars of `fill_color`
+    # around; squash: both sides.
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"  # or bilinear
+    fill_color: tuple[int, int, int] = (0, 0, 0)  # 0..255
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Encoder(nn.Module):
     """
 
     Options: type = NoOptions
-    image: ImageInput  # set before __init__ of this class is called
+    image: ImageInput  # set before __init__ of this class is called; what stands beside weights may change it
+    norm_eps: tuple[float, float] | None = None  # of the LayerNorms of image and text tower, where weights bring it
     title = "encoder"  # in messages
     chosen_by: str  # the flag that chooses it, in messages
     name = ""  # under which it is registered
@@ -77,10 +82,27 @@ class Encoder(nn.Module):
     def __init__(self, sizes: Any, activation: str, options: Any, conventions: Conventions = RIGHT) -> None:
         super().__init__()
         self.sizes, self.activation, self.options, self.conventions = sizes, activation, options, conventions
+        self._as_built = self.image
+        self.take_over({})
+
+    def take_over(self, image: Mapping[str, Any], norm_eps: tuple[float, float] | None = None) -> None:
+        """What stands beside weights and they do not show: fields of `image`, `norm_eps`; the rest stays as built."""
+        self.image = replace(self.image, **image)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image.mean, self.image.std))
         # Buffers, so that normalising copies nothing to the device; not stored, as no file has them.
         self.register_buffer("image_std", 255 * std, persistent=False)
         self.register_buffer("image_shift", mean / std, persistent=False)
+        if norm_eps is not None:
+            self.norm_eps = norm_eps
+            for name, module in self.named_modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps[0 if name.startswith("visual") else 1]
+
+    @property
+    def unlike_built(self) -> dict[str, Any]:
+        """Of `spec`, what weights brought along and is not as this encoder has it otherwise; empty where nothing is."""
+        eps = self.norm_eps and any(value != NORM_EPS for value in self.norm_eps)
+        return {k: self.spec[k] for k in ("image", "norm_eps")} if eps or self.image != self._as_built else {}
 
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> Any:
@@ -126,6 +148,8 @@ class Encoder(nn.Module):
             "name": self.name,
             "sizes": asdict(self.sizes),
             "activation": self.activation,
+            "image": asdict(self.image),
+            "norm_eps": self.norm_eps and list(self.norm_eps),
             "options": {name: getattr(self.options, name) for name in self.spec_options},
         }
 

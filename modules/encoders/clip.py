@@ -19,6 +19,7 @@ from modules.transformer import ACTIVATIONS, Transformer
 from plugins import flag
 
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
+MLP_RATIO = 4  # width of their MLPs by that of the tower
 WIDEST_IMAGE_TOWER = 1024  # of ViT-L: wider towers of open_clip have heads of other widths
 STEM = re.compile(r"(?:visual\.)?(?:(?:token|class|positional)_embedding|conv1|ln_pre)(?:\.|$)")
 LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
@@ -143,6 +144,11 @@ class CLIP(Encoder):
                 f"the image tower is {width} wide. Models wider than ViT-L ({WIDEST_IMAGE_TOWER}) have heads of other "
                 f"widths than {HEAD_WIDTH}, which weights do not show, and are not built here."
             )
+        for tower, prefix, size in (("image", "visual.", width), ("text", "", text_width)):
+            mlp = tensors.get(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")
+            if mlp is not None and len(mlp) != MLP_RATIO * size:
+                ratio = f"the {tower} tower's MLPs are {len(mlp) / size:g} times as wide as the tower (its MLP ratio)"
+                raise ValueError(f"{ratio}; in OpenAI's models it is {MLP_RATIO}, as built here")
         blocks = {match[0] for match in map(BLOCK.match, tensors) if match}
         vision_layers = sum(block.startswith("visual.") for block in blocks)
         return ClipSizes(

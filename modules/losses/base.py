@@ -34,6 +34,7 @@ class Loss(nn.Module):
     Options: type = NoOptions
     name = ""  # under which it is registered
     checkpoint_prefixes: tuple[str, ...] = ()  # how this loss's tensors begin in a checkpoint
+    least_pairs = 2  # in a batch: of a single pair there is nothing to tell it from
 
     def __init__(self, options: Any = None) -> None:
         super().__init__()
