@@ -17,22 +17,33 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.download import DownloadError
 from checkpoints.read import CheckpointError
+from dataloaders.feed import FeedError
 from dataloaders.video import VideoReadError
 from engine import distributed
 from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
-from engine.distributed import World, main_first
-from engine.evaluate import evaluate
+from engine.distributed import AgreedError, World, main_first
+from engine.evaluate import evaluate, open_all
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
-from engine.records import ROOT, SELECTED, plan, results, warn_of_other_settings, write_results
+from engine.records import (
+    HISTORY,
+    ROOT,
+    SELECTED,
+    plan,
+    read_history,
+    results,
+    trained_with,
+    warn_of_other_settings,
+    write_results,
+)
 from engine.resume import Interrupted, StopRequest, find_last, load_last
 from engine.step import TrainingError
 from engine.train import fine_tune
 from modules.metrics import format_metrics
 from modules.optim import freeze
 
-USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError, FeedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.debug("stopped by an error", exc_info=True)
             if isinstance(error, Interrupted):
                 print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
+                distributed.leave()
                 return error.exit_code
+            if isinstance(error, AgreedError):
+                if world.is_main:
+                    print(f"error: {error}", file=sys.stderr)
+                distributed.leave()
+                return 1
             if is_initialized() or not isinstance(error, USER_ERRORS):
                 raise  # of several ranks, torch names this one in its traceback, and the launcher ends the others
             print(f"error: {error}", file=sys.stderr)
@@ -120,6 +137,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     loaders = Loaders(options, world, tokenize, model.clip.image.size)
     source, evaluation = weights, None
     if data.train is not None:
+        open_all(dict.fromkeys((data.selection, data.scored)), loaders)
         evaluation = fine_tune(model, loaders, data, resumed, stop)
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
@@ -131,6 +149,8 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     if world.is_main:
         found = results(evaluation, options, model.clip, world, [*weights.files(), source.path], source.sidecar)
         found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
+        if data.train is not None:  # the sidecar knows the epochs up to the selected one
+            found["training"] = trained_with(read_history(folder / HISTORY))
         found |= {"command": ["main_task_retrieval.py", *argv], "run_seconds": round(time.perf_counter() - began, 1)}
         write_results(found, evaluation, options)
         command = [sys.executable, "-m", "tools.published", str(folder.resolve())]

@@ -86,6 +86,7 @@ class Progress:
     epoch: int = 0  # the epoch under way, counted from 0
     step: int = 0  # batches of it that are done: the sampler's position
     losses: list[float] = field(default_factory=list)  # of those batches
+    clips: int = 0  # of this epoch, all ranks, that were trained on
     dropped: list[str] = field(default_factory=list)  # videos of this epoch that could not be read
     seconds: float = 0.0  # spent on this epoch's steps
     best_score: float = -math.inf
@@ -151,7 +152,8 @@ def load_last(path: Path) -> dict[str, Any]:
 PLACES = {f.name for options in ALL for f in fields(options) if f.metadata["type"] is Path} | {"pretrained_clip_name"}
 SHOWN = {"n_display", "save_steps", "keep_epochs", "tensorboard", "do_train", "do_eval", "eval_split"}
 SCORED = {"allow_missing", "allow_overlap", "similarity_memory_mb", "save_similarity", "qb_norm", "qb_size"}
-HARMLESS = PLACES | SHOWN | SCORED | {"num_thread_reader", "batch_size_val", "fp16"}
+READ = {"num_thread_reader", "batch_size_val", "data_timeout", "outage_minutes", "max_dropped"}
+HARMLESS = PLACES | SHOWN | SCORED | READ | {"fp16"}
 # Options that leave loss and gradient what they are, but for the order of summation.
 ROUNDING = {"gradient_accumulation_steps", "grad_checkpointing", "compile", "device"}
 
