@@ -24,6 +24,7 @@ from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
 from engine.distributed import AgreedError, World, main_first
 from engine.evaluate import evaluate, open_all
+from engine.lock import locked
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
 from engine.records import (
@@ -53,17 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop:
         try:
             world = distributed.setup(options.run.device)
-            prepare_output(options.run.output_dir, world)
-            options = choose_precision(options, world)
-            log.info("options:\n%s", "\n".join(f"  --{name} {v}" for name, v in sorted(options.as_dict().items())))
-            if options.of_source:
-                log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
-            if options.unlike_source:
-                log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
-            for message in options.without_effect:
-                log.warning("without effect: %s", message)
-            run(options, world, stop, argv)
-            distributed.shutdown()
+            prepare_output(options.run.output_dir)
+            with locked(options.run.output_dir, world, [sys.executable, "main_task_retrieval.py", *argv]):
+                setup_logging(options.run.output_dir, world.is_main)
+                options = choose_precision(options, world)
+                log_options(options)
+                run(options, world, stop, argv)
+                distributed.shutdown()
         except (Exception, Interrupted) as error:
             log.debug("stopped by an error", exc_info=True)
             if isinstance(error, Interrupted):
@@ -82,14 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare_output(folder: Path, world: World) -> None:
-    """Make --output_dir and start logging into it. Raises ValueError when it cannot be written to."""
+def prepare_output(folder: Path) -> None:
+    """Make --output_dir. Raises ValueError when it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
-    setup_logging(folder, world.is_main)
+
+
+def log_options(options: Options) -> None:
+    log.info("options:\n%s", "\n".join(f"  --{name} {v}" for name, v in sorted(options.as_dict().items())))
+    if options.of_source:
+        log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
+    if options.unlike_source:
+        log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
+    for message in options.without_effect:
+        log.warning("without effect: %s", message)
 
 
 def choose_precision(options: Options, world: World) -> Options:

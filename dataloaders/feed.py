@@ -225,8 +225,9 @@ class _Pass:
         while not self.items.keys() >= set(self.ordered[0].clips):
             if self.feed.interrupted():
                 raise _Stopped
-            since = time.monotonic() if self._exchange(LOOK_EVERY) else since
-            if time.monotonic() - since >= LOOK_EVERY:
+            if self._exchange(LOOK_EVERY):
+                since = time.monotonic()
+            else:
                 self._look(since)
 
     def _take(self, ordered: _Ordered) -> tuple[Batch, Any, int]:

@@ -155,10 +155,10 @@ class Workers:
             self.close = weakref.finalize(self, _unpin_and_end, cudart, frames.data_ptr(), self.close)
 
     def hand_out(self, clip: int, place: int, key: int | tuple[int, int]) -> bool:
-        """False when the pipe is full."""
+        """False when the pipe is full, or no worker is left."""
         try:
             os.write(self._tasks, TASK.pack(clip, place, *(key if isinstance(key, tuple) else (-1, key))))
-        except BlockingIOError:
+        except (BlockingIOError, BrokenPipeError):
             return False
         return True
 

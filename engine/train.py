@@ -34,7 +34,7 @@ ALWAYS_DROPPED = 5  # unreadable training videos that are no reason to stop, wha
 class Training:
     """What the epochs of a run have in common.
 
-    most_dropped: training videos that may be unreadable; record: ``options`` and ``facts`` for a resume (see resume.py);
+    most_dropped: training videos that may be unreadable; record: ``options`` and ``facts`` for a resume (resume.py);
     beside: the sidecar of the selected weights.
     """
 
