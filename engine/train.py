@@ -191,6 +191,8 @@ def fine_tune(
     if world.is_main:
         remove_leftovers(folder)
     state = resume(resumed, trainer, record, folder) if resumed else Progress()
+    if state.history and world.is_main:
+        write_history(folder / HISTORY, state.history)  # the run may go on in another folder
     curves = folder / "tensorboard" if training.tensorboard and world.is_main else None
     writer = curves and open_tensorboard(curves, first_step=state.epoch * len(loader) + state.step + 1)
     beside = sidecar(model, options, data)
