@@ -128,7 +128,7 @@ class Feed:
 
     def workers(self) -> tuple[Workers, int]:
         """The workers, started where none run, and for how many batches there is room."""
-        count, size = self.reading.num_workers, self.batch_size
+        count, size = min(self.reading.num_workers, len(self.dataset)), self.batch_size
         # Two batches ahead of the step (on CUDA one more is being copied), and two clips ahead for each worker.
         room = max(3 if self.reading.device else 2, math.ceil(2 * count / size) + 1)
         if self._workers is None:

@@ -119,7 +119,9 @@ class Workers:
         tasks, self._tasks = os.pipe()
         self._answers, answers = os.pipe()
         self.pids: dict[int, int] = {}  # number of a worker -> its process
-        self.close: Callable[[], Any] = weakref.finalize(self, _end, self.pids, [self._tasks, self._answers])
+        self.close: Callable[[], Any] = weakref.finalize(
+            self, _end, os.getpid(), self.pids, [self._tasks, self._answers]
+        )
         stops = {signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # this process's handlers are not for the workers
         try:
@@ -187,8 +189,10 @@ def _unpin_and_end(cudart: Any, address: int, end: Callable[[], None]) -> None:
     cudart.cudaHostUnregister(address)
 
 
-def _end(pids: dict[int, int], pipes: list[int]) -> None:
+def _end(run: int, pids: dict[int, int], pipes: list[int]) -> None:
     """SIGKILL also ends a worker that is stopped. One that hangs in the kernel ends when that lets it."""
+    if os.getpid() != run:  # a fork has a copy of this and ends nobody
+        return
     for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
     for pipe in pipes:
