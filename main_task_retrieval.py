@@ -17,15 +17,29 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from checkpoints.download import DownloadError
 from checkpoints.read import CheckpointError
 from checkpoints.whole import try_to_write
+from dataloaders.feed import FeedError
 from dataloaders.video import VideoReadError
 from engine import distributed
 from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
-from engine.distributed import World, main_first
-from engine.evaluate import evaluate
+from engine.distributed import AgreedError, World, main_first
+from engine.evaluate import evaluate, open_all
+from engine.lock import locked
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
-from engine.records import ROOT, SELECTED, WRITTEN, plan, results, surroundings, warn_of_other_settings, write_results
+from engine.records import (
+    HISTORY,
+    ROOT,
+    SELECTED,
+    WRITTEN,
+    plan,
+    read_history,
+    results,
+    surroundings,
+    trained_with,
+    warn_of_other_settings,
+    write_results,
+)
 from engine.resume import Interrupted, StopRequest, check_folder, check_options, find_last, load_last
 from engine.step import TrainingError
 from engine.train import fine_tune, record_of
@@ -33,7 +47,7 @@ from modules.encoders.base import ImageInput
 from modules.metrics import format_metrics
 from modules.optim import freeze
 
-USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, DownloadError, VideoReadError, TrainingError, FeedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,21 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             world = distributed.setup(options.run.device)
             prepare_output(options.run.output_dir, world)
-            options = choose_precision(options, world)
-            log.info("options:\n%s", "\n".join(f"  --{name} {v}" for name, v in sorted(options.as_dict().items())))
-            if options.of_source:
-                log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
-            if options.unlike_source:
-                log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
-            for message in options.without_effect:
-                log.warning("without effect: %s", message)
-            run(options, world, stop, argv)
-            distributed.shutdown()
+            with locked(options.run.output_dir, world, [sys.executable, "main_task_retrieval.py", *argv]):
+                setup_logging(options.run.output_dir, world.is_main)
+                options = choose_precision(options, world)
+                log_options(options)
+                run(options, world, stop, argv)
+                distributed.shutdown()
         except (Exception, Interrupted) as error:
             log.debug("stopped by an error", exc_info=True)
             if isinstance(error, Interrupted):
                 print(f"{error}; training goes on from its last checkpoint with --resume_model auto", file=sys.stderr)
+                distributed.leave()
                 return error.exit_code
+            if isinstance(error, AgreedError):
+                if world.is_main:
+                    print(f"error: {error}", file=sys.stderr)
+                distributed.leave()
+                return 1
             if is_initialized() or not isinstance(error, USER_ERRORS):
                 raise  # of several ranks, torch names this one in its traceback, and the launcher ends the others
             print(f"error: {error}", file=sys.stderr)
@@ -67,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_output(folder: Path, world: World) -> None:
-    """Make --output_dir and start logging into it. Raises ValueError when it cannot be written to."""
+    """Make --output_dir. Raises ValueError when it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if world.is_main:
@@ -76,7 +92,16 @@ def prepare_output(folder: Path, world: World) -> None:
         raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from error
     if in_the_way := [str(folder / name) for name in WRITTEN if (folder / name).is_dir()]:
         raise ValueError(f"{', '.join(in_the_way)} is a folder, and the run writes a file of this name; move it away")
-    setup_logging(folder, world.is_main)
+
+
+def log_options(options: Options) -> None:
+    log.info("options:\n%s", "\n".join(f"  --{name} {v}" for name, v in sorted(options.as_dict().items())))
+    if options.of_source:
+        log.info("not given, so as in the project of --compat: %s", " ".join(options.of_source))
+    if options.unlike_source:
+        log.warning("CLIP4Clip has other defaults (--compat clip4clip): %s", ", ".join(options.unlike_source))
+    for message in options.without_effect:
+        log.warning("without effect: %s", message)
 
 
 def choose_precision(options: Options, world: World) -> Options:
@@ -130,6 +155,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     loaders = Loaders(options, world, tokenize, model.clip.image)
     source, evaluation = weights, None
     if data.train is not None:
+        open_all(dict.fromkeys((data.selection, data.scored)), loaders)
         evaluation = fine_tune(model, loaders, data, record, resumed, stop)
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
@@ -142,6 +168,8 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         found = results(evaluation, options, model.clip, world, data, [*weights.files(), source.path], source.sidecar)
         found["captions_cut"] = cut
         found["overlap_with_training"] = asdict(data.overlap) if data.overlap else None
+        if data.train is not None:  # the sidecar knows the epochs up to the selected one
+            found["training"] = trained_with(read_history(folder / HISTORY))
         found |= around | {
             "command": ["main_task_retrieval.py", *argv],
             "run_seconds": round(time.perf_counter() - began, 1),

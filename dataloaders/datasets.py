@@ -6,16 +6,18 @@ and drop it, and evaluation can name all of them; no frame ever stands in for it
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataloaders.split import RetrievalSplit
+from dataloaders.outage import find_outage
+from dataloaders.split import RetrievalSplit, VideoClip
 from dataloaders.video.decode import read_frames
 from dataloaders.video.frames import FrameSampling, order_frames
-from dataloaders.video.packets import VideoReadError
+from dataloaders.video.packets import VideoReadError, probe_video
 from dataloaders.video.transforms import FrameTransform
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
@@ -35,8 +37,14 @@ class Item:
 
     index: int  # of the video within the split
     video_id: str
-    frames: Tensor | Failure  # uint8 [T, 3, S, S], T at most max_frames
+    # uint8 [T, 3, S, S], T at most max_frames; their number, T, where they lie elsewhere
+    frames: Tensor | Failure | int
     caption: str = ""
+    notes: tuple[str, ...] = ()  # what there is to say about the file
+
+    @property
+    def failed(self) -> bool:
+        return isinstance(self.frames, Failure)
 
 
 @dataclass(frozen=True)
@@ -47,16 +55,27 @@ class VideoSource:
     transform: FrameTransform
     frame_order: int = 0  # 0 as filmed, 1 reversed, 2 shuffled
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the largest clip: frames, colours, rows and columns of pixels."""
+        return self.sampling.max_frames, 3, self.transform.size, self.transform.size
+
     def read(self, split: RetrievalSplit, index: int, generator: np.random.Generator, caption: str = "") -> Item:
-        """A video of the split; with a `caption`, as a training pair, for which the frame rule may draw at random."""
+        """A video of the split; with a `caption`, as a training pair, for which the frame rule may draw at random.
+
+        Raises Outage where not the file is at fault but its place.
+        """
         clip, drawing = split.videos[index], generator if caption else None
+        span, notes = (clip.start, clip.end), []
         try:
-            frames = read_frames(clip.path, self.sampling, clip.start, clip.end, generator=drawing)
+            clips = read_frames(clip.path, self.sampling, *span, "pyav", drawing, self.transform, notes)
         except VideoReadError as error:
+            if outage := find_outage(clip.path, error):
+                raise outage from error
             return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
         if self.frame_order:
-            frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
-        return Item(index, clip.video_id, self.transform(frames), caption)
+            clips = [clips[n] for n in order_frames(range(len(clips)), self.frame_order, generator)]
+        return Item(index, clip.video_id, torch.cat(clips), caption, tuple(notes))
 
 
 class VideoDataset(Dataset):
@@ -70,6 +89,27 @@ class VideoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         return self.source.read(self.split, index, np.random.default_rng([self.seed, index]))
+
+    def describe(self, index: int) -> str:
+        """A clip for a message."""
+        return _describe(self.split.videos[index])
+
+
+class ProbeDataset(VideoDataset):
+    """Each video of a split once, opened but not decoded: one black pixel where that succeeds."""
+
+    def __init__(self, split: RetrievalSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, index: int) -> Item:
+        clip = self.split.videos[index]
+        try:
+            probe_video(clip.path)
+        except VideoReadError as error:
+            if outage := find_outage(clip.path, error):
+                raise outage from error
+            return Item(index, clip.video_id, Failure(clip.video_id, str(error)))
+        return Item(index, clip.video_id, torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
 
 
 class PairDataset(Dataset):
@@ -93,6 +133,14 @@ class PairDataset(Dataset):
         video = int(self.split.caption_to_video[caption])
         return self.source.read(self.split, video, generator, self.split.captions[caption])
 
+    def describe(self, key: tuple[int, int]) -> str:
+        """A clip for a message."""
+        return _describe(self.split.videos[int(self.split.caption_to_video[key[1]]) if self.expand else key[1]])
+
+
+def _describe(clip: VideoClip) -> str:
+    return f"{clip.video_id} ({clip.path})"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -100,15 +148,16 @@ class Batch:
 
     index: Tensor  # int64 [B]: videos within the split
     video_ids: tuple[str, ...]
-    frames: Tensor  # uint8 [B, T, 3, S, S]
+    frames: Tensor  # uint8 [B, T, 3, S, S], from worker processes of a run on CUDA already there
     frame_mask: Tensor  # bool [B, T]
     failures: tuple[Failure, ...]  # clips of this batch that could not be read; not among the B
+    notes: tuple[tuple[str, str], ...] = ()  # what there is to say about files, each after the id of its video
     token_ids: Tensor | None = None  # int64 [B, L], L the longest caption of the batch
     token_mask: Tensor | None = None  # bool [B, L]
 
     def pin_memory(self) -> "Batch":
-        """For the DataLoader: page-locked copies."""
-        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """A copy whose tensors on the CPU lie in page-locked memory."""
+        pinned = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor) and not v.is_cuda}
         return Batch(**{**vars(self), **pinned})
 
 
@@ -118,22 +167,28 @@ class Collate:
 
     tokenize: Tokenize | None = None
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[Item], pad: Callable[[list[Any]], tuple[Tensor, Tensor]] | None = None) -> Batch:
+        """pad: what makes frames and mask of the items' frames, in place of :func:`pad_frames`."""
         failures = tuple(item.frames for item in items if isinstance(item.frames, Failure))
-        good = [item for item in items if isinstance(item.frames, Tensor)]
-        frames, mask = pad_frames([item.frames for item in good])  # type: ignore[misc]
+        good = [item for item in items if not item.failed]
+        frames, mask = (pad or pad_frames)([item.frames for item in good])
         text = trim(*self.tokenize([item.caption for item in good])) if self.tokenize and good else (None, None)
         index = torch.tensor([item.index for item in good], dtype=torch.long)
-        return Batch(index, tuple(item.video_id for item in good), frames, mask, failures, *text)
+        notes = tuple((item.video_id, note) for item in good for note in item.notes)
+        return Batch(index, tuple(item.video_id for item in good), frames, mask, failures, notes, *text)
 
 
 def pad_frames(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Clips uint8 [T_i, 3, S, S] -> frames uint8 [B, max T, 3, S, S] and the bool mask [B, max T] of real frames."""
     if not clips:
         return torch.empty(0, 0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, 0, dtype=torch.bool)
-    lengths = torch.tensor([len(clip) for clip in clips])
-    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    mask = mask_of([len(clip) for clip in clips])
     return torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True), mask
+
+
+def mask_of(lengths: Sequence[int]) -> Tensor:
+    """bool [B, the longest]: which frames are real."""
+    return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
 
 def trim(token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:

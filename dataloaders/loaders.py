@@ -1,18 +1,20 @@
-"""DataLoaders: training pairs, the videos of a split, its captions; each sharded over the ranks."""
+"""What is delivered in batches: training pairs, the videos of a split, its captions; each sharded over the ranks."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from dataloaders.datasets import Collate, PairDataset, Tokenize, VideoDataset, VideoSource, trim
+from dataloaders.datasets import Collate, PairDataset, ProbeDataset, Tokenize, VideoDataset, VideoSource, trim
+from dataloaders.feed import Feed, Reading
 from dataloaders.split import RetrievalSplit
+
+PROBES = 8  # videos that are opened in one go
 
 
 class GlobalBatchSampler(Sampler):
@@ -50,49 +52,25 @@ class ShardedBatches(list):
         super().__init__(list(range(start, min(start + batch_size, size))) for start in starts)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the video loaders of a run have in common. num_workers: processes, 0 reads in this one."""
-
-    num_workers: int = 0
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    pin_memory: bool = False
-
-    def loader(self, dataset: Dataset, batches: Iterable[list], collate: Collate) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-        )
-
-
-def _start_worker(_: int) -> None:
-    # Workers run side by side; torch's own threads in each would fight over the cores.
-    torch.set_num_threads(1)
-    # Ctrl-C and SLURM's SIGTERM reach every process; the trainer needs its workers until it has saved, and ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def pair_loader(
     split: RetrievalSplit, source: VideoSource, tokenize: Tokenize, reading: Reading, *, expand: bool, batch_size: int
-) -> DataLoader:
+) -> Feed:
     """Batches of shuffled training pairs; set ``loader.batch_sampler.epoch`` and ``.start`` before each epoch."""
     dataset = PairDataset(split, source, expand, reading.seed)
     batches = GlobalBatchSampler(len(dataset), batch_size, reading.rank, reading.world_size, reading.seed)
-    return reading.loader(dataset, batches, Collate(tokenize))
+    return Feed(dataset, batches, Collate(tokenize), reading, source.shape, batch_size // reading.world_size)
 
 
-def video_loader(split: RetrievalSplit, source: VideoSource, reading: Reading, *, batch_size: int) -> DataLoader:
+def video_loader(split: RetrievalSplit, source: VideoSource, reading: Reading, *, batch_size: int) -> Feed:
     """Batches of the split's videos, each video once, this rank's share."""
     batches = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
-    return reading.loader(VideoDataset(split, source, reading.seed), batches, Collate())
+    return Feed(VideoDataset(split, source, reading.seed), batches, Collate(), reading, source.shape, batch_size)
+
+
+def probe_loader(split: RetrievalSplit, reading: Reading) -> Feed:
+    """This rank's share of the split's videos, only opened: of the batches only ``failures`` counts."""
+    batches = ShardedBatches(len(split.videos), PROBES, reading.rank, reading.world_size)
+    return Feed(ProbeDataset(split), batches, Collate(), replace(reading, device=None), (1, 3, 1, 1), PROBES)
 
 
 class HasCaptions(Protocol):

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from checkpoints.read import CheckpointError
 from dataloaders.annotation_files import READ, AnnotationFiles
 from dataloaders.datasets import VideoSource
+from dataloaders.feed import Feed, Reading
 from dataloaders.integrity import Overlap, caption_doubts, check_complete, check_overlap
-from dataloaders.loaders import CaptionBatches, Reading, pair_loader, video_loader
+from dataloaders.loaders import CaptionBatches, pair_loader, probe_loader, video_loader
+from dataloaders.machine import default_workers
 from dataloaders.registry import DATASETS, QueryBank, load_query_bank, load_split, short_id
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import FrameSampling, FrameTransform
@@ -131,18 +131,25 @@ class Loaders:
         return VideoSource(sampling, resize, frame_order)
 
     def reading(self) -> Reading:
-        on_gpu = self.world.device.type == "cuda"
-        workers, seed = self.options.data.num_thread_reader, self.options.run.seed
-        return Reading(workers, seed, self.world.rank, self.world.size, pin_memory=on_gpu)
+        data, world = self.options.data, self.world
+        asked = data.num_thread_reader
+        workers = asked if isinstance(asked, int) else default_workers(world.on_host)
+        device = world.device if world.device.type == "cuda" else None
+        limits = data.data_timeout, data.outage_minutes
+        return Reading(workers, self.options.run.seed, world.rank, world.size, device, *limits)
 
-    def training_pairs(self, split: RetrievalSplit) -> DataLoader:
+    def training_pairs(self, split: RetrievalSplit) -> Feed:
         """Batches of shuffled pairs: every caption with its clip, or one drawn per clip and epoch (MSR-VTT)."""
         data, size = self.options.data, self.options.train.batch_size
         expand = not DATASETS[data.datatype].draws_captions(self.options.own["datatype"])
         source = self.source(data.train_frame_order)
         return pair_loader(split, source, self.tokenize, self.reading(), batch_size=size, expand=expand)
 
-    def videos(self, split: RetrievalSplit) -> DataLoader:
+    def probes(self, split: RetrievalSplit) -> Feed:
+        """The split's videos, only opened: this rank's share."""
+        return probe_loader(split, self.reading())
+
+    def videos(self, split: RetrievalSplit) -> Feed:
         """Batches of the split's videos, each once: this rank's share."""
         source = self.source(self.options.data.eval_frame_order)
         return video_loader(split, source, self.reading(), batch_size=self.options.run.batch_size_val)

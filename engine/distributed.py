@@ -8,6 +8,7 @@ A rank that fails leaves with its traceback. Ending the others is the launcher's
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +24,18 @@ MEETING_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank may wait this long for one that writes a checkpoint or compiles
 
 
+class AgreedError(RuntimeError):
+    """Every rank raises it, at the same point and in the same words: rank 0 says them, and all leave together."""
+
+
 @dataclass(frozen=True)
 class World:
-    """Who this process is."""
+    """Who this process is. on_host: how many of the processes share its machine."""
 
     rank: int
     size: int
     device: torch.device
+    on_host: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +113,8 @@ def setup(device: str) -> World:
         raise ValueError(f"{problem}. Were all of them started, and is the port free?") from error
     backend, device_id = ("cpu:gloo,cuda:nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, None, COLLECTIVE_TIMEOUT, place.size, place.rank, store, device_id=device_id)
-    return World(place.rank, place.size, chosen)
+    hosts = gather_objects(socket.gethostname())
+    return World(place.rank, place.size, chosen, hosts.count(hosts[place.rank]))
 
 
 def same_kind_of_device(name: str, place: Place, store: dist.Store) -> torch.device:
@@ -129,6 +136,12 @@ def shutdown() -> None:
     """Leave together with the others, if there are any."""
     if dist.is_initialized():
         barrier()
+        leave()
+
+
+def leave() -> None:
+    """End the threads of the process group: the end of Python would find them running and abort."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

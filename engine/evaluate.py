@@ -1,13 +1,14 @@
 """Evaluation: each video and each caption encoded once, then one similarity matrix and the metrics."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from dataloaders.datasets import Failure
 from dataloaders.registry import QueryBank
 from dataloaders.split import RetrievalSplit
 from engine.compat import COMPAT
@@ -60,25 +61,45 @@ def encode_videos(
     """What the head made of the videos that can be read, and the split less the others, if --allow_missing."""
     index, rows, unread = [], [], []
     options, world = loaders.options, loaders.world
-    for batch in progress(loaders.videos(split), "videos", enabled=world.is_main):
-        unread += [(failure.video_id, failure.message) for failure in batch.failures]
-        if len(batch.index):
-            frames = batch.frames.to(world.device, non_blocking=True)
-            mask = batch.frame_mask.to(world.device, non_blocking=True)
-            with autocast(world.device, options.run.precision):
-                rows.append(as_float32(model.encode_video(frames, mask)))
-            index.append(batch.index)
-    if failures := sorted(failure for part in gather_objects(unread) for failure in part):
+    with loaders.videos(split) as feed:
+        for batch in progress(feed, "videos", enabled=world.is_main):
+            unread += batch.failures
+            if len(batch.index):
+                frames = batch.frames.to(world.device, non_blocking=True)
+                mask = batch.frame_mask.to(world.device, non_blocking=True)
+                with autocast(world.device, options.run.precision):
+                    rows.append(as_float32(model.encode_video(frames, mask)))
+                index.append(batch.index)
+    unreadable = without(split, unread, options.data.allow_missing)
+    return in_order(index, rows, world.device), split.drop(unreadable)
+
+
+def without(split: RetrievalSplit, unread: Sequence[Failure], allow_missing: bool) -> list[str]:
+    """Ids of the videos that any rank cannot read. Raises DataError unless --allow_missing; all ranks must call it."""
+    failures = sorted((one.video_id, one.message) for part in gather_objects(unread) for one in part)
+    if failures:
         first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
         if len(failures) == len(split.videos):
             raise DataError(f"none of the {len(failures)} videos can be read{first}\nGive another --features_path")
         told = f"{len(failures)} of {len(split.videos)} videos of {split.dataset} {split.name} cannot be read"
-        if not options.data.allow_missing:
+        if not allow_missing:
             remedy = "Repair them, or give --allow_missing to leave them out, which raises recall: a smaller gallery"
             raise DataError(f"{told}{first}\n{remedy} (results.json will say so)")
         log.warning("%s and are left out (--allow_missing)%s", told, first)
-        split = split.drop(video_id for video_id, _ in failures)
-    return in_order(index, rows, world.device), split
+    return [video_id for video_id, _ in failures]
+
+
+def open_all(splits: Iterable[RetrievalSplit], loaders: Loaders) -> None:
+    """Open every video that will be scored, so that a broken one is known before the first epoch and not after it.
+
+    Raises DataError as the evaluation would.
+    """
+    for split in splits:
+        unread: list[Failure] = []
+        with loaders.probes(split) as feed:
+            for batch in progress(feed, f"opening the videos of {split.name}", enabled=loaders.world.is_main):
+                unread += batch.failures
+        without(split, unread, loaders.options.data.allow_missing)
 
 
 def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:

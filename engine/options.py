@@ -17,7 +17,7 @@ from engine.compat import COMPAT, PARSER
 from modules.encoders import ENCODERS
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
-from plugins import NoOptions, Registry, above, add_flags, at_least, flag, from_flags, out_of_range
+from plugins import NoOptions, Registry, above, add_flags, at_least, flag, from_flags, out_of_range, within
 
 OF_OLD_COMMANDS = {"loose_type", "expand_msrvtt_sentences", "slice_framepos"}  # flags by which CLIP4Clip's are known
 AUTO = Path("auto")  # --resume_model auto
@@ -53,8 +53,30 @@ class DataOptions:
     train_frame_order: int = flag(0, "order in training: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     eval_frame_order: int = flag(0, "order in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
-    num_thread_reader: int = flag(
-        2, "loader worker processes, 0 = read in the main process", must_be=at_least(0), on_resume="free"
+    num_thread_reader: int | str = flag(
+        "auto",
+        "loader worker processes; 0: read in the main process; auto: one for each core that this process may use",
+        type=lambda text: text if text == "auto" else int(text),
+        must_be=("auto or >= 0", lambda value: value == "auto" or value >= 0),
+        on_resume="free",
+    )
+    data_timeout: float = flag(
+        60.0,
+        "seconds without progress after which a loader worker counts as stalled: the run saves and ends",
+        must_be=above(0),
+        on_resume="free",
+    )
+    outage_minutes: float = flag(
+        10.0,
+        "how long a video folder or disk that cannot be read is waited for; then the run saves and ends",
+        must_be=within(0, 25),
+        on_resume="free",
+    )
+    max_dropped: float = flag(
+        0.01,
+        "share of the training videos that may turn out unreadable (5 always may); more end the run",
+        must_be=within(0, 1),
+        on_resume="free",
     )
     allow_missing: bool = flag(
         False, "accept other counts and missing or unreadable videos; results.json says so", on_resume="free"

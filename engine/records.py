@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +80,7 @@ def results(
         "tower": encoder.tower,
         "activation": encoder.activation,
         "trained_in": beside.get("precision"),
+        "training": beside.get("training"),
         "image": asdict(encoder.image),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
@@ -117,6 +118,18 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
 def write_history(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def trained_with(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How much training was: the sums of the lines of history.jsonl, and the videos that could not be read."""
+    amounts = ("steps", "dropped_steps", "clips", "dropped_clips")
+    found: dict[str, Any] = {"epochs": len(history)}
+    found |= {name: sum(line.get(name, 0) for line in history) for name in amounts}
+    return found | {"dropped_videos": sorted({video for line in history for video in line["dropped_videos"]})}
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def git_revision(root: Path = ROOT) -> dict[str, Any] | None:

@@ -87,6 +87,7 @@ class Progress:
     epoch: int = 0  # the epoch under way, counted from 0
     step: int = 0  # batches of it that are done: the sampler's position
     losses: list[float] = field(default_factory=list)  # of those batches
+    clips: int = 0  # of this epoch, all ranks, that were trained on
     dropped: list[str] = field(default_factory=list)  # videos of this epoch that could not be read
     seconds: float = 0.0  # spent on this epoch's steps
     best_score: float = -math.inf

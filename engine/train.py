@@ -1,40 +1,48 @@
 """The training loop: epochs of steps, with checkpoints between, an evaluation after each."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from checkpoints.read import save_checkpoint
 from checkpoints.whole import remove_leftovers
+from dataloaders.datasets import Batch, Failure
+from dataloaders.feed import Feed, FeedError
+from dataloaders.split import first_ids
 from engine.build import checkpoint_tensors, in_words
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
-from engine.distributed import agree, barrier, gather_objects
+from engine.distributed import AgreedError, agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
 from engine.options import Options, TrainOptions
 from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
-from engine.records import HISTORY, SELECTED, sidecar, write_history, write_json
+from engine.records import HISTORY, SELECTED, sidecar, trained_with, write_history, write_json
 from engine.resume import Progress, StopRequest, remove_former, resume, save_last
 from engine.step import NonFiniteError, Shares, Trainer, TrainingError, build_optimizer, trade
 from modules.metrics import format_metrics
 from modules.model import VideoTextModel
+
+TROUBLE = 1 << 16  # in place of a signal's number: the data of some rank cannot be had
+ALWAYS_DROPPED = 5  # unreadable training videos that are no reason to stop, whatever --max_dropped
 
 
 @dataclass(frozen=True)
 class Training:
     """What the epochs of a run have in common.
 
-    record: ``options`` and ``facts`` for a resume (see resume.py); beside: the sidecar of the selected weights.
+    most_dropped: training videos that may be unreadable; record: ``options`` and ``facts`` for a resume (resume.py);
+    beside: the sidecar of the selected weights.
     """
 
     trainer: Trainer
-    loader: DataLoader
+    loader: Feed
     options: TrainOptions
     folder: Path
+    most_dropped: float
     record: dict[str, Any]
     beside: dict[str, Any]
     state: Progress
@@ -43,7 +51,6 @@ class Training:
 
     def save(self) -> None:
         """All ranks must call it."""
-        self.state.dropped = sorted(set().union(*gather_objects(self.state.dropped)))
         save_last(self.folder, self.trainer, self.state, self.record)
 
 
@@ -51,8 +58,9 @@ def train_epoch(run: Training) -> dict[str, Any]:
     """The batches of epoch `state.epoch` from `state.step` on; returns its line for history.jsonl.
 
     Unreadable clips are dropped and counted. A checkpoint is written every --save_steps steps, after the last one, and
-    when asked to stop; then Interrupted is raised. Raises TrainingError for a loss that is not finite, with the clips'
-    ids in nonfinite_batch.json, and when no clip could be read.
+    when asked to stop, or when the data of any rank cannot be had; then Interrupted or AgreedError is raised. Raises
+    TrainingError for a loss that is not finite, with the clips' ids in nonfinite_batch.json, and when no clip could be
+    read.
     """
     state, options, steps = run.state, run.options, len(run.loader)
     run.trainer.model.train()
@@ -63,23 +71,25 @@ def train_epoch(run: Training) -> dict[str, Any]:
     watch = EpochWatch(state.epoch, steps, state.step, later, options.batch_size, options.n_display, is_main)
     began = time.perf_counter() - state.seconds
     with run.stop.deferred():
-        for batch in watch.batches(run.loader) if state.step < steps else ():
-            for failure in batch.failures:
-                log.warning("dropped from training: %s", failure.message)
-                state.dropped.append(failure.video_id)
-            shares = Shares.of(batch, run.stop.received)
-            if not shares.signal:
+        for batch, trouble in watch.batches(deliveries(run.loader)) if state.step < steps else ():
+            shares = Shares.of(batch, TROUBLE if trouble else run.stop.received)
+            ending = shares.signal
+            if not ending and min(shares.counts) < run.loader.batch_size:
+                trouble = _drop(run, batch.failures)
+                ending = TROUBLE if trouble else 0  # the same on all ranks
+            if not ending:
                 state.step += 1
                 if min(shares.counts) > 0:  # otherwise a rank has no readable clip: all leave this batch out together
                     _step(run, batch, shares, watch)
+                    state.clips += sum(shares.counts)
+                else:
+                    log.warning("step %d is left out: none of its clips can be read", state.step)
             due = options.save_steps and (done + state.step) % options.save_steps == 0
-            if shares.signal or due or state.step == steps:
+            if ending or due or state.step == steps:
                 state.seconds = time.perf_counter() - began
                 run.save()
-            if shares.signal:
-                run.stop.received = shares.signal  # ranks that got no signal stop with those that did
-                log.info("%s is at epoch %d, step %d of %d", run.folder, state.epoch + 1, state.step, steps)
-                barrier()  # a launcher may end all ranks once one has left, and rank 0 still writes
+            if ending:
+                _end(run, ending, trouble)
                 break
     if not state.losses:
         raise TrainingError(f"epoch {state.epoch + 1}: not one training clip could be read")
@@ -88,6 +98,9 @@ def train_epoch(run: Training) -> dict[str, Any]:
         "loss": sum(state.losses) / len(state.losses),
         "last_loss": state.losses[-1],
         "steps": len(state.losses),
+        "dropped_steps": steps - len(state.losses),
+        "clips": state.clips,
+        "dropped_clips": steps * options.batch_size - state.clips,
         "lr": run.trainer.rates(),
         "logit_scale": run.trainer.model.clip.logit_scale.exp().item(),
         "dropped_videos": state.dropped,
@@ -96,6 +109,43 @@ def train_epoch(run: Training) -> dict[str, Any]:
         "data_wait": round(watch.data_wait, 4),
         "peak_memory_mb": int(agree(round(peak_memory_mb(run.trainer.world.device))).max()),
     }
+
+
+def deliveries(feed: Feed) -> Iterator[tuple[Batch, str]]:
+    """Batches with nothing to say of them; last, if the data end in trouble, one without clips, and what it is.
+
+    An error would leave the other ranks waiting: they shall hear of it and save, too.
+    """
+    try:
+        yield from ((batch, "") for batch in feed)
+    except FeedError as error:
+        log.debug("no more data", exc_info=True)
+        yield feed.collate([]), str(error)
+
+
+def _drop(run: Training, failures: Sequence[Failure]) -> str:
+    """Note what could not be read, on any rank; what is wrong if that is too much. All ranks must call it."""
+    for failure in failures:
+        log.warning("dropped from training: %s", failure.message)
+    gone = {failure.video_id for part in gather_objects(failures) for failure in part}
+    run.state.dropped = sorted(gone.union(run.state.dropped))
+    count = len(run.state.dropped)
+    if count <= run.most_dropped:
+        return ""
+    told = f"{count} training videos cannot be read, such as {first_ids(run.state.dropped)}"
+    return f"{told}: more than --max_dropped allows ({run.most_dropped:.0f}). Repair or remove them, or raise it"
+
+
+def _end(run: Training, ending: int, trouble: str) -> None:
+    """After the save: leave with all ranks, by a signal that any of them got, or with AgreedError."""
+    log.info("%s is at epoch %d, step %d of %d", run.folder, run.state.epoch + 1, run.state.step, len(run.loader))
+    if ending != TROUBLE:
+        run.stop.received = ending  # ranks that got no signal stop with those that did
+        barrier()  # a launcher may end all ranks once one has left, and rank 0 still writes
+        return
+    told = [f"{who}{text}" for who, text in gather_objects((f"rank {run.trainer.world.rank}: ", trouble)) if text]
+    told = [trouble] if trouble and run.trainer.world.size == 1 else told
+    raise AgreedError(f"{told[0]}. The run is saved and goes on with --resume_model auto")
 
 
 def _step(run: Training, batch: Any, shares: Shares, watch: EpochWatch) -> None:
@@ -153,25 +203,30 @@ def fine_tune(
         if training.overwrite:
             remove_former(folder)
     state = resume(resumed, trainer, folder) if resumed else Progress()
+    if state.history and world.is_main:
+        write_history(folder / HISTORY, state.history)  # the run may go on in another folder
     curves = folder / "tensorboard" if training.tensorboard and world.is_main else None
     writer = curves and open_tensorboard(curves, first_step=state.epoch * len(loader) + state.step + 1)
     beside = sidecar(model, options, data)
     evaluation = None
-    run = Training(trainer, loader, training, folder, record, beside, state, stop, writer)
-    for epoch in range(state.epoch, training.epochs):
-        if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
-            torch.manual_seed(trainer.seed * 1_000_003 + epoch * world.size + world.rank)
-        line = train_epoch(run)
-        evaluation = evaluate(model, data.selection, loaders)
-        told = "loss {loss:.4f}, {seconds:.0f} s, {clips_per_second:.1f} clips/s, peak memory {peak_memory_mb} MiB"
-        told = f"epoch {epoch + 1}/{training.epochs}: {told.format(**line)}; evaluation {evaluation.seconds:.0f} s"
-        log.info(f"{told}\n{format_metrics(evaluation.metrics)}")
-        name = evaluation.split.name
-        for direction, measured in evaluation.metrics["raw"].items():
-            values = {f"{name}/{direction}_{metric}": value for metric, value in measured.items()}
-            add_scalars(writer, values, (epoch + 1) * len(loader))
-        with stop.deferred():
-            _close_epoch(run, line | {"evaluated_on": name, "metrics": evaluation.metrics})
+    most_dropped = max(ALWAYS_DROPPED, options.data.max_dropped * len(data.train.videos))
+    run = Training(trainer, loader, training, folder, most_dropped, record, beside, state, stop, writer)
+    loader.interrupted = lambda: bool(stop.received)
+    with loader:
+        for epoch in range(state.epoch, training.epochs):
+            if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
+                torch.manual_seed(trainer.seed * 1_000_003 + epoch * world.size + world.rank)
+            line = train_epoch(run)
+            evaluation = evaluate(model, data.selection, loaders)
+            told = "loss {loss:.4f}, {seconds:.0f} s, {clips_per_second:.1f} clips/s, peak memory {peak_memory_mb} MiB"
+            told = f"epoch {epoch + 1}/{training.epochs}: {told.format(**line)}; evaluation {evaluation.seconds:.0f} s"
+            log.info(f"{told}\n{format_metrics(evaluation.metrics)}")
+            name = evaluation.split.name
+            for direction, measured in evaluation.metrics["raw"].items():
+                values = {f"{name}/{direction}_{metric}": value for metric, value in measured.items()}
+                add_scalars(writer, values, (epoch + 1) * len(loader))
+            with stop.deferred():
+                _close_epoch(run, line | {"evaluated_on": name, "metrics": evaluation.metrics})
     if writer:
         writer.close()
     log.info("selected epoch %d: text-to-video R@1 %.1f", state.best_epoch + 1, state.best_score)
@@ -187,11 +242,18 @@ def _close_epoch(run: Training, line: dict[str, Any]) -> None:
         state.best_score, state.best_epoch = score, state.epoch
     state.history.append(line)
     if run.trainer.world.is_main:
-        made = run.beside | {"epoch": state.epoch, "score": score}
+        made = run.beside | {"epoch": state.epoch, "score": score, "training": trained_with(state.history)}
         for name in [SELECTED] * selected + [f"{SELECTED}.{state.epoch}"] * run.options.keep_epochs:
             model = run.trainer.model
             save_checkpoint(run.folder / name, checkpoint_tensors(model), made, model.clip.unlike_built)
         write_history(run.folder / HISTORY, state.history)
-    state.epoch, state.step, state.losses, state.dropped, state.seconds = state.epoch + 1, 0, [], [], 0.0
+    state.epoch, state.step, state.losses, state.clips, state.dropped, state.seconds = (
+        state.epoch + 1,
+        0,
+        [],
+        0,
+        [],
+        0.0,
+    )
     run.save()
     barrier()

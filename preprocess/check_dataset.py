@@ -34,7 +34,7 @@ MOST_WORDS = 77  # of OpenAI's CLIPs
 # Of a split that cannot be loaded. `problems` are sentences, the rest goes to the JSON as it is.
 EMPTY_REPORT: dict[str, Any] = {"expected": {}, "listed": {}, "found": {}, "missing_videos": [], "unreadable": []}
 EMPTY_REPORT |= {"distinct_captions": 0, "t2v_r1_ceiling": 100.0, "problems": []}
-EMPTY_REPORT |= {"captions_cut": 0, "longest_caption": 0, "doubtful_captions": []}
+EMPTY_REPORT |= {"captions_cut": 0, "longest_caption": 0, "doubtful_captions": [], "notes": {}}
 
 
 def t2v_r1_ceiling(split: RetrievalSplit) -> float:
@@ -50,16 +50,20 @@ def t2v_r1_ceiling(split: RetrievalSplit) -> float:
     return 100 * best.total() / len(split.captions)
 
 
-def check_file(sampling: FrameSampling | None, clip: VideoClip) -> str | None:
-    """What is wrong with a located video, None when nothing is. With `sampling` the frames of a run are decoded."""
+def check_file(sampling: FrameSampling | None, clip: VideoClip) -> tuple[str | None, list[str]]:
+    """What is wrong with a located video, None when nothing is, and what there is to say about it.
+
+    With `sampling` the frames of a run are decoded.
+    """
+    notes: list[str] = []
     try:
         if sampling is None:
-            probe_video(clip.path)
+            notes += probe_video(clip.path).notes
         else:
-            read_frames(clip.path, sampling, clip.start, clip.end)
+            read_frames(clip.path, sampling, clip.start, clip.end, notes=notes)
     except VideoReadError as error:
-        return str(error)
-    return None
+        return str(error), notes
+    return None, notes
 
 
 def check_split(
@@ -86,8 +90,11 @@ def check_split(
         return report | {"found": {"videos": 0, "captions": 0}, "missing_videos": missing}
     problems += missing_problems(located)
     check, label = partial(check_file, sampling), f"{located.dataset} {located.name}"
-    outcomes = run_parallel(check, located.videos, workers, label, lambda _: "the decoder crashed on it")
-    bad = [{"video_id": clip.video_id, "path": str(clip.path), "error": error} for clip, error in outcomes if error]
+    crashed: tuple[str, list[str]] = "the decoder crashed on it", []
+    outcomes = list(run_parallel(check, located.videos, workers, label, lambda _: crashed))
+    bad = [
+        {"video_id": clip.video_id, "path": str(clip.path), "error": cause} for clip, (cause, _) in outcomes if cause
+    ]
     bad.sort(key=lambda entry: entry["video_id"])  # workers finish in any order
     unreadable = [entry["video_id"] for entry in bad]
     if bad:
@@ -95,6 +102,7 @@ def check_split(
         problems.append(f"{len(bad):,} videos cannot be read: {first_ids(unreadable)}; {cause}")
     usable = [n for n, clip in enumerate(located.videos) if clip.video_id not in unreadable]
     found = {"videos": len(usable), "captions": int(located.captions_per_video[usable].sum())}
+    report["notes"] = {clip.video_id: notes for clip, (_, notes) in sorted(outcomes, key=str) if notes}
     return report | {"found": found, "missing_videos": list(located.missing_videos), "unreadable": bad}
 
 
@@ -153,6 +161,10 @@ def describe(report: dict[str, Any]) -> list[str]:
         state = f"{state}: {'; '.join(findings)}" if split["listed"] else "cannot be loaded"
         lines += [f"{report['datatype']} {name}: {state}", *(f"  - {problem}" for problem in split["problems"])]
         lines += [f"  - warning: {doubt}; are they meant so?" for doubt in split["doubtful_captions"]]
+        for video, note in list(split["notes"].items())[:5]:
+            lines.append(f"  - note: {video}: {'; '.join(note)}")
+        if len(split["notes"]) > 5:
+            lines.append(f"  - note: {len(split['notes']) - 5:,} more videos have such notes; --json lists them")
     return lines + [f"{report['datatype']} {leak}" for leak in report["leaks"]]
 
 

@@ -37,12 +37,13 @@ def read_frames(
     decoder: str = "pyav",
     generator: np.random.Generator | None = None,
     transform: Transform | None = None,
+    notes: list[str] | None = None,
 ) -> Any:
     """The frames of a clip: uint8 [T, H, W, 3] RGB, upright, 1 <= T <= sampling.max_frames, in order of time.
 
     start, end: the clip's span in seconds (None: whole video). generator: in training, for a rule that draws at random.
     transform: applied to each frame, uint8 [1, H, W, 3], as it comes, so that large pictures are never held together;
-    the result is then the list of what it gave.
+    the result is then the list of what it gave. notes: gets what there is to say about the file.
     Raises VideoReadError when the file cannot give every chosen frame, or when no frame can be chosen from it.
     """
     state = generator.bit_generator.state if generator else None
@@ -54,7 +55,10 @@ def read_frames(
             indices = choose_of(sampling, info, start, end, generator)
         except ValueError as error:
             raise VideoReadError(info.path, str(error)) from error
-        return _decode(info, indices, transform)
+        images = _decode(info, indices, transform)
+        if notes is not None:
+            notes[:] = info.notes
+        return images
 
     path = _checked(path, decoder)
     return with_truth(path, read)

@@ -150,6 +150,8 @@ def _summary(
     own_times = bool(TIMED_CONTAINERS & set(container.format.name.split(",")))
     seconds = seconds_shown(ticks, set(shown.tolist()), stream.time_base, own_times)
     fps, notes = frame_rate(path, container, stream, count, seconds)
+    if fps < 1:
+        notes += ("it has less than a frame a second: all its frames are taken, spread where there are too many",)
     one_each = len(shown) == count and len(np.unique(pts[shown] if len(pts) else [])) == count
     return VideoInfo(
         path=path,
