@@ -66,7 +66,8 @@ class VideoSource:
         Raises Outage where not the file is at fault but its place.
         """
         clip, drawing = split.videos[index], generator if caption else None
-        span, notes = (clip.start, clip.end), []
+        span = clip.start, clip.end
+        notes: list[str] = []
         try:
             clips = read_frames(clip.path, self.sampling, *span, "pyav", drawing, self.transform, notes)
         except VideoReadError as error:

@@ -60,3 +60,14 @@ COMPAT = {
         SOURCE, conventions=Conventions(mask_padding=False, cross_heads=8), scales_cosines=False, scales_tokens=False
     ),
 }
+
+# Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
+DEAD_FLAGS = dict.fromkeys(
+    "do_pretrain lr_decay video_dim margin hard_negative_rate negative_weighting n_pair text_num_hidden_layers "
+    "visual_num_hidden_layers use_mil sampled_use_mil do_lower_case fp16_opt_level task_type world_size "
+    "rank".split(),
+    "had no effect in the source projects and does not exist here; leave it out",
+) | {
+    "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
+    "use_dsl": "is not needed: DSL is always reported beside the raw metrics; leave it out",
+}

@@ -13,7 +13,7 @@ from typing import Any
 
 from dataloaders.registry import DATASETS
 from dataloaders.video.rules import RULES
-from engine.compat import COMPAT, PARSER
+from engine.compat import COMPAT, DEAD_FLAGS, PARSER
 from modules.encoders import ENCODERS
 from modules.heads import HEADS, INTERACTIONS, Head
 from modules.losses import LOSSES
@@ -24,17 +24,6 @@ AUTO = Path("auto")  # --resume_model auto
 PYAV = "pyav (opencv gave memory rubbish for interlaced video with OpenCV 5; PyAV gives the same frames)"
 SHARE = ("in [0, 1), or -1 for none", lambda value: value == -1 or 0 <= value < 1)
 REGISTRIES: tuple[Registry[Any], ...] = (DATASETS, RULES, ENCODERS, HEADS, INTERACTIONS, LOSSES)
-
-# Flags of CLIP4Clip's and InternVideo's parsers that had no effect there; each with why it is refused.
-DEAD_FLAGS = dict.fromkeys(
-    "do_pretrain lr_decay video_dim margin hard_negative_rate negative_weighting n_pair text_num_hidden_layers "
-    "visual_num_hidden_layers use_mil sampled_use_mil do_lower_case fp16_opt_level task_type world_size "
-    "rank".split(),
-    "had no effect in the source projects and does not exist here; leave it out",
-) | {
-    "cross_model": "named a folder with the sizes of the cross encoder; sizes are inferred from the weights here",
-    "use_dsl": "is not needed: DSL is always reported beside the raw metrics; leave it out",
-}
 
 
 @dataclass(frozen=True)

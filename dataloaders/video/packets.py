@@ -149,6 +149,9 @@ def _summary(
         raise VideoReadError(path, "it holds no frames")
     own_times = bool(TIMED_CONTAINERS & set(container.format.name.split(",")))
     seconds = seconds_shown(ticks, set(shown.tolist()), stream.time_base, own_times)
+    if container.format.name == "avi" and seconds:
+        # Pictures that repeat the last one have no packets; whether the file holds them was checked.
+        seconds = max(seconds, float(stream.frames * stream.time_base))
     fps, notes = frame_rate(path, container, stream, count, seconds)
     if fps < 1:
         notes += ("it has less than a frame a second: all its frames are taken, spread where there are too many",)
