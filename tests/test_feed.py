@@ -104,7 +104,16 @@ def test_a_worker_that_hangs_is_named_with_its_clip(train):
 def test_a_worker_that_is_killed_is_named_with_its_clip_and_what_to_do(train, number):
     in_place_of(train.videos[7].path)
     feed = pairs(train, 1)
-    threading.Timer(1, lambda: os.kill(feed._workers.pids[0], number)).start()
+
+    def kill_at_the_pipe() -> None:
+        writer = None
+        while writer is None:  # a pipe opens for writing once somebody reads
+            with suppress(OSError):
+                writer = os.open(train.videos[7].path, os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.05)
+        os.kill(feed._workers.pids[0], number)
+
+    threading.Thread(target=kill_at_the_pipe, daemon=True).start()
     with pytest.raises(FeedError) as error:
         list(feed)
     told = str(error.value)
