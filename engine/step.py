@@ -20,7 +20,7 @@ from checkpoints.names import parameter_name
 from engine.compat import Compat
 from engine.distributed import World, agree, average_gradients, broadcast_parameters, gather_objects, gather_rows
 from engine.evaluate import autocast
-from engine.options import TrainOptions
+from engine.groups import TrainOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
 from modules.representation import Representation, as_parts, concat, each, pad_to

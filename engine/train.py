@@ -18,7 +18,8 @@ from engine.compat import COMPAT
 from engine.data import Loaders, RunData
 from engine.distributed import AgreedError, agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
-from engine.options import Options, TrainOptions
+from engine.groups import TrainOptions
+from engine.options import Options
 from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
 from engine.records import HISTORY, SELECTED, sidecar, trained_with, write_history, write_json
 from engine.resume import Progress, StopRequest, remove_former, resume, save_last
