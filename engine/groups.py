@@ -1,4 +1,4 @@
-"""The flags that no plug-in brings, in groups. A field is a flag of the same name and carries the range of its values."""
+"""The flags that no plug-in brings. A field is a flag of the same name and carries the range of its values."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Every flag: the groups of groups.py and those that the plug-ins bring, gathered, checked and resolved once.
 
-:func:`parse_options` checks every value and every combination before anything is loaded; functions elsewhere take the group they need.
+:func:`parse_options` checks every value and every combination before anything is loaded; functions elsewhere
+take the group they need.
 """
 
 import argparse
