@@ -17,12 +17,22 @@ logger = logging.getLogger("retrieval")
 READ: dict[str, str] = {}  # path -> SHA-256 of the bytes that were read from it; a run empties it before it reads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class AnnotationFiles:
-    """data_path: a folder, or a file where the dataset says so. options: the dataset's Options; None for defaults."""
+    """data_path: a folder, or a file where the dataset says so. options: the dataset's Options, or `flags` of them by
+    name; neither for defaults."""
 
-    data_path: Path | None = None
-    options: Any = None
+    data_path: Path | None
+    options: Any
+    flags: dict[str, Any]
+
+    def __init__(self, data_path: Path | None = None, options: Any = None, **flags: Any) -> None:
+        for name, value in (("data_path", data_path), ("options", options), ("flags", flags)):
+            object.__setattr__(self, name, value)
+
+    def with_options(self, kind: type) -> "AnnotationFiles":
+        """The same with options of this kind, where none are given yet."""
+        return self if self.options is not None else AnnotationFiles(self.data_path, kind(**self.flags))
 
     def require(self, flag: str, what: str) -> Path:
         """The path that --data_path or a flag of the dataset gives, to `what`; raises AnnotationError without one."""

@@ -1,7 +1,7 @@
 """What a dataset is. Each is one file of this folder that calls :func:`register`; nothing else names it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dataloaders.annotation_files import AnnotationFiles
@@ -47,7 +47,7 @@ def register(name: str, *, splits: tuple[str, ...], extensions: tuple[str, ...],
         def checked(split: str, files: AnnotationFiles) -> RetrievalSplit:
             if split not in splits:
                 raise AnnotationError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-            return load(split, files if files.options is not None else replace(files, options=dataset.Options()))
+            return load(split, files.with_options(dataset.Options))
 
         dataset = DATASETS.register(name)(Dataset(name, checked, splits, extensions, **more))
         return checked
