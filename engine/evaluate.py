@@ -14,6 +14,7 @@ from engine.compat import COMPAT
 from engine.data import Loaders
 from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
 from engine.progress import log, progress
+from modules.encoders.base import frame_places
 from modules.metrics import Metrics, retrieval_metrics
 from modules.model import VideoTextModel
 from modules.representation import Representation, as_float32, concat, count, take
@@ -63,10 +64,9 @@ def encode_videos(
     for batch in progress(loaders.videos(split), "videos", enabled=world.is_main):
         unread += [(failure.video_id, failure.message) for failure in batch.failures]
         if len(batch.index):
-            frames = batch.frames.to(world.device, non_blocking=True)
-            mask = batch.frame_mask.to(world.device, non_blocking=True)
-            with autocast(world.device, options.run.precision):
-                rows.append(as_float32(model.encode_video(frames, mask)))
+            arrays = (batch.frames, batch.frame_mask, frame_places(batch.frame_mask))
+            with autocast(world.device, options.evaluation_precision):
+                rows.append(as_float32(model.encode_video(*(x.to(world.device, non_blocking=True) for x in arrays))))
             index.append(batch.index)
     if failures := sorted(failure for part in gather_objects(unread) for failure in part):
         first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
@@ -115,7 +115,7 @@ def evaluate(
     video, scored = encode_videos(model, split, loaders)
 
     def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
-        text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
+        text = encode_captions(model, loaders.captions(captions), world, options.evaluation_precision)
         return score(model, text, video, world, options.run.similarity_memory_mb)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None

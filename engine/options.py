@@ -135,7 +135,7 @@ class RunOptions:
         "auto",
         "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
         "CLIP4Clip has them; auto: half with --compat clip4clip, and internvideo but for its video tower (fp32), else "
-        "bf16 on CUDA cards that have it, else fp32",
+        "bf16 for training on CUDA cards that have it, and fp32 for evaluation",
         choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
     fp16: bool = flag(False, "same as --precision fp16")
@@ -166,6 +166,12 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Flat and JSON-ready: flag -> value."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in self.values.items()}
+
+    @property
+    def evaluation_precision(self) -> str:
+        """What was asked for by name; else float32, or the weights' own type where they are half."""
+        asked = "precision" in self.given or self.run.fp16 or self.run.precision == "half"
+        return self.run.precision if asked else "fp32"
 
     @property
     def of_source(self) -> list[str]:

@@ -73,6 +73,7 @@ def results(
         "tower": encoder.tower,
         "activation": encoder.activation,
         "trained_in": beside.get("precision"),
+        "evaluated_in": options.evaluation_precision,
         "versions": versions(),
         "folder": str(Path.cwd()),
         "git": git_revision(),

@@ -133,9 +133,14 @@ def fine_tune(
     training, loader = options.train, loaders.training_pairs(data.train)
     log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
     trade(model, world.device, training.grad_checkpointing, training.compile)
-    optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
-    pieces = training.gradient_accumulation_steps
-    trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
+    compat, precision, pieces = COMPAT[options.model.compat], options.run.precision, training.gradient_accumulation_steps
+    optimizer = build_optimizer(model, training, compat, len(loader) * training.epochs)
+    if training.compile:
+        optimizer.compile()
+    tf32 = compat.tf32 and precision == "fp32" and world.device.type == "cuda"
+    if tf32:
+        log.info("float32 products of the training in TF32, of the evaluation not; NVIDIA_TF32_OVERRIDE=0 forbids it")
+    trainer = Trainer(model, optimizer, world, precision, training.max_grad_norm, pieces, options.run.seed, tf32)
     facts = {"training data": data.train.digest(), "activation": model.clip.activation}
     record = {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
     if world.is_main:

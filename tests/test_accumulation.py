@@ -156,7 +156,7 @@ def test_checkpointing_and_compiling_change_nothing(whole, monkeypatch, compiled
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
     model = make_model("seqTransf")
-    trade(model, CPU, grad_checkpointing=True, compile_towers=compiled)
+    trade(model, CPU, grad_checkpointing=True, compile_blocks=compiled)
     batch = make_batch(0)
     loss = model(batch.token_ids, batch.token_mask, batch.frames, batch.frame_mask)
     loss.backward()
@@ -171,7 +171,7 @@ def test_checkpointing_and_compiling_change_nothing(whole, monkeypatch, compiled
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler on the CPU and none is on PATH"):
-        trade(make_model("meanP"), CPU, grad_checkpointing=False, compile_towers=True)
+        trade(make_model("meanP"), CPU, grad_checkpointing=False, compile_blocks=True)
 
 
 class Pairwise(nn.Module):
