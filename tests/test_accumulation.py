@@ -47,7 +47,7 @@ def make_model(head: str) -> VideoTextModel:
     torch.manual_seed(1)
     model = tiny_models.make_model(CLIP(SIZES, "quick_gelu"), head, cross_num_hidden_layers=1)
     model.head.register_parameter("unused", nn.Parameter(torch.ones(3, 3)))  # heads may leave parameters unused
-    return model
+    return model.eval()  # no dropout: ranks draw that of their own texts, one process that of all
 
 
 def make_batch(step: int, rank: int = 0, size: int = 1) -> SimpleNamespace:
@@ -107,7 +107,7 @@ def whole() -> dict[tuple, dict]:
 
 
 def assert_same(got: dict, want: dict) -> None:
-    """Loss and, per tensor, gradient and weights within 1e-5; a gradient that is zero but for noise is measured
+    """Loss and weights within 1e-5, gradients, per tensor, within 2e-5; one that is zero but for noise is measured
     against the whole gradient."""
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-4)
@@ -115,7 +115,7 @@ def assert_same(got: dict, want: dict) -> None:
     total = torch.stack([g.norm() for g in want["gradients"].values()]).norm()
     for name, gradient in want["gradients"].items():
         error = (got["gradients"][name] - gradient).norm()
-        assert error <= 1e-5 * max(gradient.norm(), 0.01 * total), name
+        assert error <= 2e-5 * max(gradient.norm(), 0.01 * total), name
     for name, weight in want["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, rtol=1e-5, atol=1e-5)
 
@@ -186,10 +186,10 @@ class Pairwise(nn.Module):
     def encode_text(self, x, mask):
         return self.drop(self.text(x)), mask
 
-    def encode_video(self, x, mask):
+    def encode_video(self, x, mask, places):
         return self.drop(self.video(x)), mask
 
-    def loss(self, text, video, draws=None):
+    def loss(self, text, video, draws=None, gather=None):
         words = self.mix(text[0]) * text[1][..., None]
         scores = torch.einsum("ntd,vfd->nvtf", words, video[0] * video[1][..., None]).amax(-1).sum(-1)
         return nn.functional.cross_entropy(scores, torch.arange(len(scores)))
@@ -202,7 +202,7 @@ def test_tuples_masks_and_dropout():
         torch.randn(7, 3, 5, generator=generator),
         torch.rand(7, 3, generator=generator) > 0.3,
         torch.randn(7, 2, 6, generator=generator),
-        torch.rand(7, 2, generator=generator) > 0.3,
+        torch.arange(2) < torch.randint(1, 3, (7, 1), generator=generator),
     ]
     model = Pairwise()
     torch.manual_seed(9)
@@ -211,9 +211,9 @@ def test_tuples_masks_and_dropout():
     after = torch.get_rng_state()
     model.zero_grad()
     torch.manual_seed(9)
-    texts = [model.encode_text(*piece) for piece in zip(arrays[0].chunk(3), arrays[1].chunk(3))]
-    videos = [model.encode_video(*piece) for piece in zip(arrays[2].chunk(3), arrays[3].chunk(3))]
-    want = model.loss(*(tuple(map(torch.cat, zip(*side))) for side in (texts, videos)))
+    text = model.encode_text(*arrays[:2])  # whole; the videos in pieces
+    videos = [model.encode_video(*piece, None) for piece in zip(arrays[2].chunk(3), arrays[3].chunk(3))]
+    want = model.loss(text, tuple(map(torch.cat, zip(*videos))))
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
     assert torch.equal(after, torch.get_rng_state())
