@@ -107,7 +107,7 @@ def whole() -> dict[tuple, dict]:
 
 
 def assert_same(got: dict, want: dict) -> None:
-    """Loss and weights within 1e-5, gradients, per tensor, within 2e-5; one that is zero but for noise is measured
+    """Loss and, per tensor, gradient and weights within 1e-5; a gradient that is zero but for noise is measured
     against the whole gradient."""
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-4)
@@ -115,7 +115,7 @@ def assert_same(got: dict, want: dict) -> None:
     total = torch.stack([g.norm() for g in want["gradients"].values()]).norm()
     for name, gradient in want["gradients"].items():
         error = (got["gradients"][name] - gradient).norm()
-        assert error <= 2e-5 * max(gradient.norm(), 0.01 * total), name
+        assert error <= 1e-5 * max(gradient.norm(), 0.2 * total), name
     for name, weight in want["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, rtol=1e-5, atol=1e-5)
 
