@@ -107,13 +107,14 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.
     pairs = Loaders(options, world, list, 1).training_pairs(data.train) if data.train else None
+    model = None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
         if data.train is not None:
             frozen = freeze(model.clip, options.train.freeze_layer_num)
             log.info("%d tensors of the encoder are frozen", len(frozen))
     if options.run.dry_run:
-        log.info("%s", "\n".join(plan(options, world, data, weights, pairs)))
+        log.info("%s", "\n".join(plan(options, world, data, weights, pairs, model)))
         return
     training = f"training in {options.run.precision}, " if data.train is not None else ""
     evaluation_in = f"evaluation in {options.evaluation_precision}"

@@ -204,7 +204,11 @@ def main() -> None:
     precisions = ["fp32"]
     if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         precisions.append("bf16")
-    where = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads, models and batches reduced"
+    where = (
+        torch.cuda.get_device_name()
+        if on_cuda
+        else f"CPU, {torch.get_num_threads()} threads, models and batches reduced"
+    )
     print(f"{where}; torch {torch.__version__}; captions of {SHORTEST} to {LONGEST} tokens")
     found = []
     for name in args.models:

@@ -133,7 +133,11 @@ def fine_tune(
     training, loader = options.train, loaders.training_pairs(data.train)
     log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
     trade(model, world.device, training.grad_checkpointing, training.compile)
-    compat, precision, pieces = COMPAT[options.model.compat], options.run.precision, training.gradient_accumulation_steps
+    compat, precision, pieces = (
+        COMPAT[options.model.compat],
+        options.run.precision,
+        training.gradient_accumulation_steps,
+    )
     optimizer = build_optimizer(model, training, compat, len(loader) * training.epochs)
     if training.compile:
         optimizer.compile()

@@ -103,7 +103,9 @@ def test_every_vector_of_tensors_is_among_them():
     """All that hold weights or gradients to compute with, but A11: its two ranks need two cards."""
     here = {value for _, case in VECTORS for value in case.values()}
     manifests = {path.stem: json.loads(path.read_text()) for path in GOLDEN_DIR.glob("*.json")}
-    computed = {stem for stem, found in manifests.items() if "weights" in found and (GOLDEN_DIR / f"{stem}.npz").exists()}
+    computed = {
+        stem for stem, found in manifests.items() if "weights" in found and (GOLDEN_DIR / f"{stem}.npz").exists()
+    }
     assert len(computed) > 30
     assert {stem for stem in computed if not stem.startswith("A11_")} <= here
     assert all(load(stem) for stem in computed)
@@ -158,10 +160,9 @@ def test_training_in_each_precision(case, pieces, precision, device):
     The host waits for the device nowhere but where the loss is read, which torch itself watches here.
     """
     trainer = trainer_of(case, precision, device, pieces, tf32=precision == "fp32")
-    plain = trainer_of(case, "fp32", torch.device("cpu"))
-    plain.model.eval()
-    first = plain.backward(loaded()).item()
-    trainer.step(loaded())  # the first also chooses kernels
+    want = trainer_of(case, "fp32", torch.device("cpu")).backward(loaded()).item()
+    first = trainer.step(loaded())[0]  # also chooses kernels
+    assert first == pytest.approx(want, rel=0.5 if case[0] in ("tightTransf", "xpool") else 0.03)  # those have dropout
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.backward(loaded())
@@ -169,8 +170,7 @@ def test_training_in_each_precision(case, pieces, precision, device):
         torch.cuda.set_sync_debug_mode("default")
     trainer.optimizer.zero_grad(set_to_none=True)
     losses = [trainer.step(loaded())[0] for _ in range(30)]
-    assert losses[0] == pytest.approx(first, rel=0.3)
-    assert min(losses[-5:]) < 0.8 * losses[0]
+    assert min(losses[-5:]) < 0.8 * first
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 

@@ -260,7 +260,13 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (aten.clone.default, aten.copy_.default, aten.cat.default, aten.stack.default, aten._to_copy.default):
+        if func in (
+            aten.clone.default,
+            aten.copy_.default,
+            aten.cat.default,
+            aten.stack.default,
+            aten._to_copy.default,
+        ):
             self.numbers += out.numel()
         return out
 

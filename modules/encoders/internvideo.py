@@ -192,9 +192,7 @@ class VideoCLIP(CLIP):
     def merge_weight(cls, options: Any) -> float | None:
         return options.mergeweight if options.mergeclip else None
 
-    def encode_frames(
-        self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> frames [V, T, D], videos [V, D], not unit.
 
         What padding holds does not matter; its features are zeros. Under ``conventions.read_padding`` it is read as
