@@ -8,8 +8,8 @@ Contenders, in random order within every round, on the same pairs in the same pr
 
 Their first losses must agree. Printed for each precision: median seconds of a step, clips a second, the ratio of every
 contender's time to ours (median of the rounds), and the share of two rates: of one large matrix product on this device
-in this precision, measured here, and of the card's data sheet where the card is known. The work is that of ours, counted
-by torch's FlopCounterMode, so that what is wasted on padding counts for nothing. Then the operations that take
+in this precision, measured here, and of the card's data sheet where the card is known. The work is that of ours,
+counted by torch's FlopCounterMode, so that what is wasted on padding counts for nothing. Then the operations that take
 most of an eager step. Reading videos is not part of it: pixels are random and in memory.
 
 Without a CUDA device the models are reduced to a few layers and the batch to a few clips, and only float32 is measured:

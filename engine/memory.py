@@ -39,9 +39,9 @@ def kept_for_backward(model: VideoTextModel, precision: str, pairs: int, frames:
         mask := torch.ones(pairs, frames, dtype=torch.bool),
         frame_places(mask),
     )
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, saved_tensors_hooks(keep, lambda x: x):
-        with autocast(device, precision):
-            model(*(fakes.from_tensor(x).to(device) for x in arrays))
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, saved_tensors_hooks(keep, lambda x: x), autocast(device, precision):
+        model(*(fakes.from_tensor(x).to(device) for x in arrays))
     for hook in hooks:
         hook.remove()
     return sum(storage.nbytes() for storage in storages.values())

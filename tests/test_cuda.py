@@ -239,7 +239,7 @@ def flags_of(flags: list[str], folder, **values) -> list[str]:
 @on_cuda
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(precision, msrvtt_flags, tmp_path, monkeypatch):
-    """Two epochs of 3 steps, and the same stopped by SIGTERM in the fourth: within what kernels sum in varying order."""
+    """Two epochs of 3 steps, and the same stopped by SIGTERM in the fourth: equal but for the order of sums."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train, plain, taken = replaced(TRAIN, precision=precision), Trainer.step, []
 

@@ -5,8 +5,7 @@ import torch
 from tiny_models import CASES, SIZES, batch, tiny_model
 from torch import Tensor
 
-from modules.encoders.base import Conventions
-from modules.encoders.base import Slots, frame_places
+from modules.encoders.base import Conventions, Slots, frame_places
 from modules.heads import HEADS
 from modules.heads.base import Head, register
 from modules.model import pair_blocks
