@@ -20,7 +20,7 @@ def kept_for_backward(model: VideoTextModel, precision: str, pairs: int, frames:
     Asked of torch itself: the pass runs on fake tensors, which have shapes and types and take neither memory nor time.
     Checkpointed blocks keep their inputs.
     """
-    device, side = model.clip.logit_scale.device, model.clip.image.size
+    device, side = next(model.parameters()).device, model.clip.image.size
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def estimate_mb(model: VideoTextModel, options: Options, share: int) -> tuple[fl
     and the batch's pixels; workspaces of kernels and fragmentation are not.
     """
     data, training = options.data, options.train
-    trade(model, model.clip.logit_scale.device, training.grad_checkpointing, compile_blocks=False)
+    trade(model, next(model.parameters()).device, training.grad_checkpointing, compile_blocks=False)
     piece = -(-share // training.gradient_accumulation_steps)
     few, more = (
         kept_for_backward(model.train(), options.run.precision, n, data.max_frames, data.max_words) for n in (2, 4)
