@@ -126,10 +126,12 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
     if allowed:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    yield
-    if allowed:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
 
 
 def move(arrays: Iterable[Tensor], device: torch.device) -> list[Tensor]:

@@ -168,10 +168,11 @@ def test_checkpointing_and_compiling_change_nothing(whole, monkeypatch, compiled
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
+@pytest.mark.parametrize(("device", "language"), [("cpu", "C\\+\\+"), ("cuda", "C")])
+def test_compiling_without_a_compiler_is_refused(monkeypatch, device, language):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler on the CPU and none is on PATH"):
-        trade(make_model("meanP"), CPU, grad_checkpointing=False, compile_blocks=True)
+    with pytest.raises(ValueError, match=f"--compile needs a {language} compiler for {device} and none is on PATH"):
+        trade(make_model("meanP"), torch.device(device), grad_checkpointing=False, compile_blocks=True)
 
 
 class Pairwise(nn.Module):
