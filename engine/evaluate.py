@@ -15,6 +15,7 @@ from engine.compat import COMPAT
 from engine.data import Loaders
 from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
 from engine.progress import log, progress
+from modules.encoders.base import frame_places
 from modules.metrics import Metrics, retrieval_metrics
 from modules.model import VideoTextModel
 from modules.representation import Representation, as_float32, concat, count, take
@@ -65,10 +66,10 @@ def encode_videos(
         for batch in progress(feed, "videos", enabled=world.is_main):
             unread += batch.failures
             if len(batch.index):
-                frames = batch.frames.to(world.device, non_blocking=True)
-                mask = batch.frame_mask.to(world.device, non_blocking=True)
-                with autocast(world.device, options.run.precision):
-                    rows.append(as_float32(model.encode_video(frames, mask)))
+                arrays = (batch.frames, batch.frame_mask, frame_places(batch.frame_mask))
+                clips = [x.to(world.device, non_blocking=True) for x in arrays]
+                with autocast(world.device, options.evaluation_precision):
+                    rows.append(as_float32(model.encode_video(*clips)))
                 index.append(batch.index)
     unreadable = without(split, unread, options.data.allow_missing)
     return in_order(index, rows, world.device), split.drop(unreadable)
@@ -136,7 +137,7 @@ def evaluate(
     video, scored = encode_videos(model, split, loaders)
 
     def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
-        text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
+        text = encode_captions(model, loaders.captions(captions), world, options.evaluation_precision)
         return score(model, text, video, world, options.run.similarity_memory_mb)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None

@@ -161,7 +161,7 @@ class RunOptions:
         "auto",
         "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
         "CLIP4Clip has them; auto: half with --compat clip4clip, and internvideo but for its video tower (fp32), else "
-        "bf16 on CUDA cards that have it, else fp32",
+        "bf16 for training on CUDA cards that have it, and fp32 for evaluation",
         choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
     fp16: bool = flag(False, "same as --precision fp16", on_resume="free")

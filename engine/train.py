@@ -16,7 +16,7 @@ from dataloaders.split import first_ids
 from engine.build import checkpoint_tensors, in_words
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
-from engine.distributed import AgreedError, agree, barrier, gather_objects
+from engine.distributed import AgreedError, World, agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
 from engine.groups import TrainOptions
 from engine.options import Options
@@ -179,6 +179,20 @@ def record_of(model: VideoTextModel, options: Options, data: RunData) -> dict[st
     return {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
 
 
+def build_trainer(model: VideoTextModel, options: Options, world: World, total_steps: int) -> Trainer:
+    """The model's transformers as --compile and --grad_checkpointing want them, its optimiser, and what steps both."""
+    training, compat, precision = options.train, COMPAT[options.model.compat], options.run.precision
+    trade(model, world.device, training.grad_checkpointing, training.compile)
+    optimizer = build_optimizer(model, training, compat, total_steps)
+    if training.compile:
+        optimizer.compile()
+    tf32 = compat.tf32 and precision == "fp32" and world.device.type == "cuda"
+    if tf32:
+        log.info("float32 products of the training in TF32, of the evaluation not; NVIDIA_TF32_OVERRIDE=0 forbids it")
+    pieces = training.gradient_accumulation_steps
+    return Trainer(model, optimizer, world, precision, training.max_grad_norm, pieces, options.run.seed, tf32)
+
+
 def fine_tune(
     model: VideoTextModel,
     loaders: Loaders,
@@ -195,10 +209,7 @@ def fine_tune(
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
     training, loader = options.train, loaders.training_pairs(data.train)
     log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
-    trade(model, world.device, training.grad_checkpointing, training.compile)
-    optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
-    pieces = training.gradient_accumulation_steps
-    trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
+    trainer = build_trainer(model, options, world, len(loader) * training.epochs)
     if world.is_main:
         remove_leftovers(folder)
         if training.overwrite:

@@ -13,6 +13,7 @@ from modules.losses.base import Loss, Pairs
 from modules.losses.contrastive import Contrastive
 from modules.representation import Representation, as_float32, count, take
 
+Gather = Callable[[Representation], Representation]
 ROWS = 4096  # texts at a time in the matrix product of a separable head
 
 
@@ -40,22 +41,23 @@ class VideoTextModel(nn.Module):
         pooled, tokens = self.clip.encode_text(token_ids, token_mask)
         return self.head.text((tokens if self.head.takes_tokens else pooled).float(), token_mask)
 
-    def frame_features(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def frame_features(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Tensor:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T', D] float32.
 
+        places: see Encoder.encode_frames.
         Where the head takes the feature of the whole clip and the encoder has one, it stands in every frame's place.
         """
-        features, whole = self.clip.encode_frames(frames, frame_mask)
+        features, whole = self.clip.encode_frames(frames, frame_mask, places)
         if self.head.takes_whole_video and whole is not None:
             features = whole[:, None].expand_as(features)
         return features.float()
 
-    def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Representation:
+    def encode_video(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Representation:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`.
 
-        Frames that the encoder adds are padding to the head.
+        places: see Encoder.encode_frames. Frames that the encoder adds are padding to the head.
         """
-        features = self.frame_features(frames, frame_mask)
+        features = self.frame_features(frames, frame_mask, places)
         added = frame_mask.new_zeros(len(frame_mask), features.shape[1] - frame_mask.shape[1])
         return self.head.video(features, torch.cat([frame_mask, added], dim=1))
 
@@ -88,24 +90,37 @@ class VideoTextModel(nn.Module):
         token_mask: Tensor,
         frames: Tensor,
         frame_mask: Tensor,
+        places: Tensor | None = None,
         generator: torch.Generator | None = None,
-        gather: Callable[[Representation], Representation] = lambda x: x,
+        gather: Gather = lambda x: x,
     ) -> Tensor:
         """Loss of a batch of pairs, a scalar.
 
-        generator (CPU): for losses that draw, in the same state on every rank. gather: this rank's items -> all ranks'.
+        places: see Encoder.encode_frames. generator (CPU): for losses that draw, in the same state on every rank.
+        gather: this rank's items -> all ranks'.
         """
-        text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask)
-        return self.loss(gather(text), gather(video), generator)
+        text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask, places)
+        return self.loss(text, video, generator, gather)
 
-    def loss(self, text: Representation, video: Representation, generator: torch.Generator | None = None) -> Tensor:
-        """Loss, a scalar, of what the two encoders gave for all pairs; see :meth:`forward`."""
+    def loss(
+        self,
+        text: Representation,
+        video: Representation,
+        generator: torch.Generator | None = None,
+        gather: Gather = lambda x: x,
+    ) -> Tensor:
+        """Loss, a scalar, of what the two encoders gave for this rank's pairs; see :meth:`forward`.
+
+        Where a pair costs more than a product, each rank compares its own texts with all videos.
+        """
         alone = self.head.pairs_in_float32
         with torch.autocast(self.clip.logit_scale.device.type, enabled=False) if alone else nullcontext():
             if alone:
                 text, video = as_float32(text), as_float32(video)
-            logits = (self.scale() * self.head.similarity(text, video)).float()
-            return self.criterion(Pairs(logits, text, video, self.head, generator))
+            texts, videos = gather(text), gather(video)
+            logits = (self.scale() * self.head.similarity(texts if self.head.separable else text, videos)).float()
+            logits = logits if self.head.separable else gather(logits)
+            return self.criterion(Pairs(logits, texts, videos, self.head, generator))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
