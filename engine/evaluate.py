@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +13,11 @@ from engine.compat import COMPAT
 from engine.data import Loaders
 from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
 from engine.progress import log, progress
+from engine.scores import score
 from modules.metrics import Metrics, retrieval_metrics
 from modules.model import VideoTextModel
-from modules.representation import Representation, as_float32, concat, count, take
+from modules.ranks import Scores
+from modules.representation import Representation, as_float32, concat, take
 
 
 class DataError(ValueError):
@@ -25,18 +26,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Similarities float32 [N, V] of what was scored, the split as scored, and the metrics by post-processing.
+    """Similarities [N, V] of what was scored, the split as scored, and the metrics by post-processing.
 
     `scale` is the factor in the similarities, `same_dsl_axis` says how DSL went, `bank` [B, V] is QB-Norm's, if any.
+    On ranks other than 0 similarities may be None.
     """
 
-    similarity: Tensor
+    similarity: Scores | None
     split: RetrievalSplit
     metrics: Metrics
     seconds: float
     scale: float = 1.0
     same_dsl_axis: bool = False
-    bank: Tensor | None = None
+    bank: Scores | None = None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -91,16 +93,6 @@ def encode_captions(model: VideoTextModel, batches: Iterable, world: World, prec
     return in_order(index, rows, world.device)
 
 
-def score(model: VideoTextModel, text: Representation, video: Representation, world: World, memory_mb: float) -> Tensor:
-    """Similarities float32 [N, V] on the CPU of every rank. Where each pair costs, the ranks share the texts."""
-    show = partial(progress, description="similarity blocks", enabled=world.is_main)
-    if world.size == 1 or model.head.separable:
-        return model.similarity(text, video, memory_mb, show)
-    bounds = [count(text) * rank // world.size for rank in range(world.size + 1)]
-    part = model.similarity(take(text, slice(*bounds[world.rank : world.rank + 2])), video, memory_mb, show)
-    return gather_rows(part, [end - start for start, end in zip(bounds, bounds[1:])])
-
-
 @torch.inference_mode()
 def evaluate(
     model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, bank: QueryBank | None = None
@@ -114,13 +106,16 @@ def evaluate(
     model.eval()
     video, scored = encode_videos(model, split, loaders)
 
-    def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
+    def compare(captions: RetrievalSplit | QueryBank) -> Scores | None:
         text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
-        return score(model, text, video, world, options.run.similarity_memory_mb)
+        return score(model, text, video, world, options.run.similarity_memory_mb, options.run.output_dir)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None
     same_axis = COMPAT[options.model.compat].same_dsl_axis and len(scored.captions) > len(scored.videos)
     scale = float(model.evaluation_scale())
-    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, of_bank, scale, scored.captions)
+    metrics: Metrics | None = None
+    if world.is_main:
+        metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, of_bank, scale, scored.captions)
+    metrics = gather_objects(metrics)[0]
     model.train(was_training)
     return Evaluation(similarity, scored, metrics, time.perf_counter() - began, scale, same_axis, of_bank)

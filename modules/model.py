@@ -75,12 +75,15 @@ class VideoTextModel(nn.Module):
         A separable head takes one matrix product; another goes through blocks of pairs that need at most about
         `memory_mb` each. show: iterates over the list of blocks, for a progress display.
         """
-        scale, head = self.evaluation_scale(), self.head
-        out = torch.empty(count(text), count(video))
+        head, out = self.head, torch.empty(count(text), count(video))
         pairs = ROWS * out.shape[1] if head.separable else int(memory_mb * 2**20) // head.pair_bytes(text, video)
         for rows, columns in show(pair_blocks(out.shape[0], out.shape[1], pairs)):
-            out[rows, columns] = (scale * head.similarity(take(text, rows), take(video, columns))).float().cpu()
+            out[rows, columns] = self.scores(take(text, rows), take(video, columns)).cpu()
         return out
+
+    def scores(self, text: Representation, video: Representation) -> Tensor:
+        """Similarities float32 [N, V] as :meth:`similarity` has them, in one go and where the features are."""
+        return (self.evaluation_scale() * self.head.similarity(text, video)).float()
 
     def forward(
         self,
