@@ -33,7 +33,7 @@ class Computed:
     def __init__(self, model: VideoTextModel, text: Representation, video: Representation, memory_mb: float) -> None:
         self.model, self.text, self.video = model, text, video
         self.shape: tuple[int, int] = count(text), count(video)
-        self.device = torch.device(model.clip.logit_scale.device)
+        self.device = as_parts(video)[0].device
         self.pairs = min(STRIP, int(memory_mb * 2**20) // (4 * COPIES))
 
     def strips(self, order: Tensor) -> Iterator[Tensor]:
