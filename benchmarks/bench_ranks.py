@@ -34,7 +34,7 @@ def features(n: int, v: int) -> tuple[Tensor, Tensor, np.ndarray]:
     generator, owner = torch.Generator().manual_seed(0), np.arange(n) * v // n
     video = torch.randn(v, WIDTH, generator=generator)
     text = torch.randn(n, WIDTH, generator=generator).mul_(3).add_(video[torch.from_numpy(owner)])
-    return (*(torch.nn.functional.normalize(x, dim=1) for x in (text, video)), owner)
+    return torch.nn.functional.normalize(text, dim=1), torch.nn.functional.normalize(video, dim=1), owner
 
 
 def whole_ranks(sim: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
