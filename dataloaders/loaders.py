@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,9 +89,17 @@ def pair_loader(
     return reading.loader(dataset, batches, Collate(tokenize))
 
 
-def video_loader(split: RetrievalSplit, source: VideoSource, reading: Reading, *, batch_size: int) -> DataLoader:
-    """Batches of the split's videos, each video once, this rank's share."""
-    batches = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
+def video_loader(
+    split: RetrievalSplit,
+    source: VideoSource,
+    reading: Reading,
+    *,
+    batch_size: int,
+    wanted: Callable[[list[int]], bool] = bool,
+) -> DataLoader:
+    """Batches of the split's videos, each video once, this rank's share; of those the `wanted` ones."""
+    dealt = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
+    batches = [batch for batch in dealt if wanted(batch)]
     return reading.loader(VideoDataset(split, source, reading.seed), batches, Collate())
 
 
@@ -115,5 +123,8 @@ class CaptionBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in self.batches:
-            yield torch.tensor(batch), *trim(*self.tokenize([self.split.captions[i] for i in batch]))
+        return map(self.read, self.batches)
+
+    def read(self, batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """One of `batches`."""
+        return torch.tensor(batch), *trim(*self.tokenize([self.split.captions[i] for i in batch]))

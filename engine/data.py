@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.read import CheckpointError
@@ -19,6 +20,12 @@ from engine.build import Weights
 from engine.distributed import World
 from engine.options import Options
 from engine.progress import log
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of --precision; it does nothing for fp32 and half."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision in ("fp16", "bf16"))
 
 
 def load_data(options: Options, name: str) -> RetrievalSplit:
@@ -111,6 +118,10 @@ class Loaders:
         workers, seed = self.options.data.num_thread_reader, self.options.run.seed
         return Reading(workers, seed, self.world.rank, self.world.size, pin_memory=on_gpu)
 
+    def autocast(self) -> torch.autocast:
+        """The context of --precision; it does nothing for fp32 and half."""
+        return autocast(self.world.device, self.options.run.precision)
+
     def training_pairs(self, split: RetrievalSplit) -> DataLoader:
         """Batches of shuffled pairs: every caption with its clip, or one drawn per clip and epoch (MSR-VTT)."""
         data, size = self.options.data, self.options.train.batch_size
@@ -118,10 +129,15 @@ class Loaders:
         source = self.source(data.train_frame_order)
         return pair_loader(split, source, self.tokenize, self.reading(), batch_size=size, expand=expand)
 
-    def videos(self, split: RetrievalSplit) -> DataLoader:
-        """Batches of the split's videos, each once: this rank's share."""
-        source = self.source(self.options.data.eval_frame_order)
-        return video_loader(split, source, self.reading(), batch_size=self.options.run.batch_size_val)
+    def videos(
+        self,
+        split: RetrievalSplit,
+        source: VideoSource | None = None,
+        wanted: Callable[[list[int]], bool] = bool,
+    ) -> DataLoader:
+        """Batches of the split's videos, each once: this rank's share. source: how evaluation reads them, if None."""
+        source, size = source or self.source(self.options.data.eval_frame_order), self.options.run.batch_size_val
+        return video_loader(split, source, self.reading(), batch_size=size, wanted=wanted)
 
     def captions(self, split: RetrievalSplit | QueryBank) -> CaptionBatches:
         """Batches of the split's captions, each once: this rank's share."""

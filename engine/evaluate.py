@@ -1,7 +1,6 @@
 """Evaluation: each video and each caption encoded once, then one similarity matrix and the metrics."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,9 @@ from dataloaders.registry import QueryBank
 from dataloaders.split import RetrievalSplit
 from engine.compat import COMPAT
 from engine.data import Loaders
-from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
-from engine.progress import log, progress
+from engine.distributed import agree, gather_objects, gather_rows, same_sizes
+from engine.features import FeatureCache, caption_batches, video_batches
+from engine.progress import log
 from engine.scores import score
 from modules.metrics import Metrics, retrieval_metrics
 from modules.model import VideoTextModel
@@ -41,12 +41,6 @@ class Evaluation:
     bank: Scores | None = None
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of --precision; it does nothing for fp32 and half."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision in ("fp16", "bf16"))
-
-
 def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> Representation:
     """Batches of all ranks -> their items, sorted by index."""
     local_index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
@@ -57,19 +51,21 @@ def in_order(index: list[Tensor], rows: list[Representation], device: torch.devi
 
 
 def encode_videos(
-    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders
+    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, cache: FeatureCache | None = None
 ) -> tuple[Representation, RetrievalSplit]:
     """What the head made of the videos that can be read, and the split less the others, if --allow_missing."""
     index, rows, unread = [], [], []
     options, world = loaders.options, loaders.world
-    for batch in progress(loaders.videos(split), "videos", enabled=world.is_main):
-        unread += [(failure.video_id, failure.message) for failure in batch.failures]
-        if len(batch.index):
-            frames = batch.frames.to(world.device, non_blocking=True)
-            mask = batch.frame_mask.to(world.device, non_blocking=True)
-            with autocast(world.device, options.run.precision):
-                rows.append(as_float32(model.encode_video(frames, mask)))
-            index.append(batch.index)
+    batches = video_batches(model, split, loaders, cache, loaders.source(options.data.eval_frame_order))
+    for where, made, failed in batches:
+        unread += [(failure.video_id, failure.message) for failure in failed]
+        if len(where):
+            features, mask = (
+                x.to(world.device) for x in (model.chosen(made["features"], made.get("whole")), made["mask"])
+            )
+            with loaders.autocast():
+                rows.append(as_float32(model.encode_video(features, mask)))
+            index.append(where)
     if failures := sorted(failure for part in gather_objects(unread) for failure in part):
         first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
         if len(failures) == len(split.videos):
@@ -83,19 +79,25 @@ def encode_videos(
     return in_order(index, rows, world.device), split
 
 
-def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:
+def encode_captions(
+    model: VideoTextModel, captions: RetrievalSplit | QueryBank, loaders: Loaders, cache: FeatureCache | None = None
+) -> Representation:
     """What the head made of all N captions, in their order."""
-    index, rows = [], []
-    for where, token_ids, token_mask in progress(batches, "captions", enabled=world.is_main):
-        with autocast(world.device, precision):
-            rows.append(as_float32(model.encode_text(token_ids.to(world.device), token_mask.to(world.device))))
+    index, rows, device = [], [], loaders.world.device
+    for where, made in caption_batches(model, captions, loaders, cache):
+        with loaders.autocast():
+            rows.append(as_float32(model.head.text(made["features"].to(device), made["mask"].to(device))))
         index.append(where)
-    return in_order(index, rows, world.device)
+    return in_order(index, rows, device)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, bank: QueryBank | None = None
+    model: VideoTextModel,
+    split: RetrievalSplit,
+    loaders: Loaders,
+    bank: QueryBank | None = None,
+    cache: FeatureCache | None = None,
 ) -> Evaluation:
     """Score every caption of `split`, and of QB-Norm's `bank`, against every video of the split.
 
@@ -104,10 +106,10 @@ def evaluate(
     began, was_training = time.perf_counter(), model.training
     options, world = loaders.options, loaders.world
     model.eval()
-    video, scored = encode_videos(model, split, loaders)
+    video, scored = encode_videos(model, split, loaders, cache)
 
     def compare(captions: RetrievalSplit | QueryBank) -> Scores | None:
-        text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
+        text = encode_captions(model, captions, loaders, cache)
         return score(model, text, video, world, options.run.similarity_memory_mb, options.run.output_dir)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None

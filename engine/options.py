@@ -54,6 +54,9 @@ class DataOptions:
     eval_frame_order: int = flag(0, "order in evaluation: 0 as filmed, 1 reversed, 2 shuffled", choices=(0, 1, 2))
     decoder: str = flag("pyav", "video reader: pyav, the only one", must_be=(PYAV, lambda value: value == "pyav"))
     num_thread_reader: int = flag(2, "loader worker processes, 0 = read in the main process", must_be=at_least(0))
+    feature_cache: Path | None = flag(
+        None, "folder that keeps what the encoder made of videos and captions, for later runs", type=Path
+    )
     allow_missing: bool = flag(False, "accept other counts and missing or unreadable videos; results.json says so")
     allow_overlap: bool = flag(False, "score a checkpoint on videos that it was trained on; recorded in results.json")
 
@@ -93,7 +96,10 @@ class TrainOptions:
     warmup_proportion: float = flag(0.1, "share of the steps in which the rate rises to full; -1: none", must_be=SHARE)
     weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
     freeze_layer_num: int = flag(
-        0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower", must_be=at_least(-1)
+        0,
+        "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower; one more than it has blocks "
+        "freezes both towers, and heads train on features that are computed once",
+        must_be=at_least(-1),
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(

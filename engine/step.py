@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints.names import parameter_name
 from engine.compat import Compat
+from engine.data import autocast
 from engine.distributed import World, agree, average_gradients, broadcast_parameters, gather_objects, gather_rows
-from engine.evaluate import autocast
 from engine.options import TrainOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups

@@ -10,11 +10,13 @@ from torch.utils.data import DataLoader
 
 from checkpoints.read import save_checkpoint
 from checkpoints.whole import remove_leftovers
+from dataloaders.split import RetrievalSplit
 from engine.build import checkpoint_tensors
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
 from engine.distributed import agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
+from engine.features import FeatureCache, feature_pairs, towers_are_frozen
 from engine.options import TrainOptions
 from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
 from engine.records import HISTORY, SELECTED, sidecar, write_history, write_json
@@ -121,6 +123,24 @@ def _step(run: Training, batch: Any, shares: Shares, watch: EpochWatch) -> None:
     add_scalars(run.writer, {f"train/{name}": value for name, value in shown.items()}, step)
 
 
+def training_loader(
+    model: VideoTextModel, loaders: Loaders, split: RetrievalSplit
+) -> tuple[DataLoader, FeatureCache | None]:
+    """Batches of pairs; where the towers are frozen, as features of a cache, which is given back, too.
+
+    Without --feature_cache it lies in --output_dir.
+    """
+    options, world = loaders.options, loaders.world
+    if not towers_are_frozen(model):
+        return loaders.training_pairs(split), None
+    if loaders.source(options.data.train_frame_order).draws:
+        log.info("towers are frozen, but frames are drawn anew in every epoch: clips are read and encoded in each step")
+        return loaders.training_pairs(split), None
+    folder = options.data.feature_cache or options.run.output_dir / "features"
+    cache = FeatureCache(folder, model, options, world.device)
+    return feature_pairs(model, split, loaders, cache), cache
+
+
 def fine_tune(
     model: VideoTextModel, loaders: Loaders, data: RunData, resumed: dict[str, Any] | None, stop: StopRequest
 ) -> Evaluation | None:
@@ -130,9 +150,10 @@ def fine_tune(
     resumed: the checkpoint to go on from.
     """
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
-    training, loader = options.train, loaders.training_pairs(data.train)
-    log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
+    training = options.train
     trade(model, world.device, training.grad_checkpointing, training.compile)
+    loader, cache = training_loader(model, loaders, data.train)
+    log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
     optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
     pieces = training.gradient_accumulation_steps
     trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
@@ -150,7 +171,7 @@ def fine_tune(
         if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
             torch.manual_seed(trainer.seed * 1_000_003 + epoch * world.size + world.rank)
         line = train_epoch(run)
-        evaluation = evaluate(model, data.selection, loaders)
+        evaluation = evaluate(model, data.selection, loaders, cache=cache)
         told = "loss {loss:.4f}, {seconds:.0f} s, {clips_per_second:.1f} clips/s, peak memory {peak_memory_mb} MiB"
         told = f"epoch {epoch + 1}/{training.epochs}: {told.format(**line)}; evaluation {evaluation.seconds:.0f} s"
         log.info(f"{told}\n{format_metrics(evaluation.metrics)}")

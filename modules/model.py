@@ -37,18 +37,31 @@ class VideoTextModel(nn.Module):
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Representation:
         """token_ids int64 [N, L], token_mask bool [N, L] -> text features for :meth:`similarity`."""
+        return self.head.text(self.text_features(token_ids, token_mask), token_mask)
+
+    def text_features(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """token_ids int64 [N, L], token_mask bool [N, L] -> what the head gets: [N, D] or [N, L, D] float32.
+
+        In place of token_ids this may have been given already: float [N, L, D], [N, 1, D] where the head takes [N, D].
+        """
+        if token_ids.is_floating_point():
+            return token_ids if self.head.takes_tokens else token_ids[:, 0]
         pooled, tokens = self.clip.encode_text(token_ids, token_mask)
-        return self.head.text((tokens if self.head.takes_tokens else pooled).float(), token_mask)
+        return (tokens if self.head.takes_tokens else pooled).float()
 
     def frame_features(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T', D] float32.
 
         Where the head takes the feature of the whole clip and the encoder has one, it stands in every frame's place.
+        In place of frames this may have been given already.
         """
-        features, whole = self.clip.encode_frames(frames, frame_mask)
-        if self.head.takes_whole_video and whole is not None:
-            features = whole[:, None].expand_as(features)
-        return features.float()
+        if frames.ndim == 3:
+            return frames
+        return self.chosen(*self.clip.encode_frames(frames, frame_mask)).float()
+
+    def chosen(self, features: Tensor, whole: Tensor | None) -> Tensor:
+        """Of what the encoder gave, what the head takes: [V, T', D]."""
+        return whole[:, None].expand_as(features) if self.head.takes_whole_video and whole is not None else features
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Representation:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`.
