@@ -77,9 +77,11 @@ class FeatureCache:
 
 def encoder_digest(model: VideoTextModel, about: Any) -> str:
     """A hash of all that features depend on besides the batch: weights, sizes, arithmetic."""
-    clip = model.clip
+    clip, rules = model.clip, model.clip.conventions
     kind = type(clip.tokenizer)
-    told = [FORMAT, torch.__version__, repr(about), clip.spec, repr(clip.image), repr(clip.conventions)]
+    # What the sources fill captions and clips to reaches an encoder only where it reads padding.
+    rules = replace(rules, source_words=0, source_frames=rules.source_frames if rules.read_padding else 0)
+    told = [FORMAT, torch.__version__, repr(about), clip.spec, repr(clip.image), repr(rules)]
     digest = hashlib.sha256(json.dumps([*told, f"{kind.__module__}.{kind.__qualname__}"], default=repr).encode())
     for name, value in sorted(clip.state_dict().items()):
         if name != "logit_scale":
