@@ -1,13 +1,14 @@
 """An epoch of training a head on kept features of frozen towers, against encoding the clips in every epoch.
 
-As MSR-VTT has it: 9,000 clips x 12 frames of width 512 and 180,000 captions, of which one is drawn for each clip; random
-numbers in files as --feature_cache writes them. "ours" reads and trains a whole epoch. "towers" is what encoding the
-same epoch in a ViT-B/32 takes without any training or decoding, reckoned up from --sample clips and captions.
+As MSR-VTT has it: 9,000 clips x 12 frames of width 512 and 180,000 captions, of which one is drawn for each clip;
+random numbers in files as --feature_cache writes them. "ours" reads and trains a whole epoch. "towers" is what
+encoding the same epoch in a ViT-B/32 takes without training or decoding, reckoned up from --sample clips and captions.
 """
 
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,11 +41,8 @@ def table(folder: Path, size: int, *shape: int) -> Table:
         for start in range(0, size, KEPT):
             index = torch.arange(start, min(start + KEPT, size))
             mask = torch.ones(len(index), shape[0] if len(shape) > 1 else WORDS, dtype=torch.bool)
-            made, path = (
-                {"features": torch.randn(len(index), *shape), "mask": mask},
-                folder / f"{len(shape)}_{start}.pt",
-            )
-            write_whole(path, lambda file: torch.save(made, file))
+            path = folder / f"{len(shape)}_{start}.pt"
+            write_whole(path, partial(torch.save, {"features": torch.randn(len(index), *shape), "mask": mask}))
             yield index, torch.load(path, mmap=True)
 
     return Table.of(size, batches())

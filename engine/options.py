@@ -132,7 +132,9 @@ class RunOptions:
     batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1))
     save_similarity: bool = flag(False, "also write similarity.npz")
     similarity_memory_mb: int = flag(
-        1024, "MiB at a time for heads that compare every text with every video", must_be=at_least(1)
+        1024,
+        "MiB for similarities: held up to this size, beyond in blocks that need about as much",
+        must_be=at_least(1),
     )
     qb_norm: bool = flag(False, "also report QB-Norm, with captions of the training split as its query bank")
     qb_size: int = flag(10000, "captions in --qb_norm's bank, drawn with --seed; 0 takes all", must_be=at_least(0))

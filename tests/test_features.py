@@ -222,7 +222,7 @@ def test_frozen_towers_train_heads_on_kept_features_to_the_same_bits(msrvtt_flag
 )
 def test_every_kind_of_features_trains(more, msrvtt_flags, tmp_path, encoded):
     """Tokens, features of whole clips, and frames of InternVideo's tower; in pieces, too. 48 clips: 4 steps."""
-    flags = [*msrvtt_flags, *more.split(), "--gradient_accumulation_steps", "2"]
+    flags = [*msrvtt_flags, *more, "--gradient_accumulation_steps", "2"]
     command = [*replaced(TRAIN, epochs=1), *flags, "--feature_cache", str(tmp_path / "kept")]
     assert main(command) == 0
     history = json.loads((tmp_path / "out" / "history.jsonl").read_text().splitlines()[0])
