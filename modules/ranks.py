@@ -84,7 +84,8 @@ class ColumnSoftmax:
             if len(terms) % 2:
                 self._add(terms[-1:])
             terms = total
-        self.high, lost = two_sum(self.high, terms[0])
+        total, lost = two_sum(self.high, terms[0])
+        self.high.copy_(total)
         self.low += lost
 
     def weigh(self, values: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
@@ -113,7 +114,8 @@ def first_reading(
     least, most = (torch.tensor(bound, device=scores.device) for bound in (float("inf"), float("-inf")))
     for place, tile in tiles(scores, order, pairs):
         low, high = tile.aminmax()
-        least, most = torch.minimum(least, low), torch.maximum(most, high)
+        least.copy_(torch.minimum(least, low))
+        most.copy_(torch.maximum(most, high))
         if columns:
             columns.add(tile)
         for view in views:
@@ -157,9 +159,13 @@ class Pairs:
         order = places.argsort(stable=True)
         self.places, self.columns = places[order], columns[order].to(device)
 
+    def range(self, place: int, tile: Tensor) -> list[int]:
+        """Which of the pairs lie in a tile that starts at `place`: from and to."""
+        return torch.searchsorted(self.places, torch.tensor([place, place + len(tile)])).tolist()
+
     def within(self, place: int, tile: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns of those inside a tile that starts at `place`."""
-        first, last = torch.searchsorted(self.places, torch.tensor([place, place + len(tile)])).tolist()
+        first, last = self.range(place, tile)
         return (self.places[first:last] - place).to(tile.device), self.columns[first:last]
 
 
@@ -178,10 +184,13 @@ class View:
         self.group = owner[self.order]
         self.of_texts: Pairs | None = None
         self.of_videos: Pairs | None = None
-        self.own: list[Tensor] = []  # scores of the pairs of `of_videos`
-        self.counts: list[Tensor] = []
+        # Room for results is made once: small tensors that stay, made between large ones that go, would break up the
+        # heap, which then grows with every tile.
+        self.own: Tensor | None = None  # scores of the pairs of `of_videos`
+        self.counts = torch.zeros(len(owner), dtype=torch.int64, device=scores.device)
         self.video_counts = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)
-        self.last = -1, torch.zeros(0, dtype=torch.bool)  # the group that the last tile ended in, and whom it beat
+        self.last = -1  # the group that the last tile ended in, and whom it beat
+        self.beaten = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
 
     def texts(self, also: Mapping[int, Sequence[int]]) -> "View":
         """Count text-to-video ranks; also: caption -> videos that are correct besides its own."""
@@ -206,13 +215,17 @@ class View:
     def observe(self, place: int, tile: Tensor) -> None:
         """First reading."""
         if self.of_videos:
-            self.own.append(self.rows(tile)[self.of_videos.within(place, tile)])
+            first, _ = self.of_videos.range(place, tile)
+            own = self.rows(tile)[self.of_videos.within(place, tile)]
+            if self.own is None:
+                self.own = own.new_empty(len(self.of_videos.places))
+            self.own[first : first + len(own)] = own
 
     def prepare(self) -> None:
         """Between the readings, when `columns` is known: the score that the captions of others must reach."""
         if self.of_videos:
             columns = self.of_videos.columns
-            own = self.columns(torch.cat(self.own), columns)
+            own = self.columns(self.own, columns)
             lowest = own.new_full((self.scores.shape[1],), float("-inf"))
             self.needed = lowest.scatter_reduce_(0, columns, own, "amax")
 
@@ -225,7 +238,7 @@ class View:
             needed = lowest.scatter_reduce_(0, rows, values[correct], "amax")
             ahead = values >= needed[:, None]
             ahead[correct] = False
-            self.counts.append(ahead.sum(dim=1))
+            self.counts[place : place + len(tile)] = ahead.sum(dim=1)
         if self.of_videos:
             ahead = values >= self.needed
             ahead[self.of_videos.within(place, tile)] = False
@@ -237,17 +250,17 @@ class View:
         if len(groups) < len(group):
             captions = torch.zeros(len(groups), ahead.shape[1], dtype=torch.int32, device=ahead.device)
             ahead = captions.index_add_(0, index.to(ahead.device), ahead.int()) > 0
-        before, beaten = self.last
-        if before == int(group[0]):
-            ahead[0] |= beaten
-            self.video_counts -= beaten.long()
+        if self.last == int(group[0]):
+            ahead[0] |= self.beaten
+            self.video_counts -= self.beaten.long()
         self.video_counts += ahead.sum(dim=0)
-        self.last = int(group[-1]), ahead[-1]
+        self.last = int(group[-1])
+        self.beaten.copy_(ahead[-1])
 
     def ranks(self) -> dict[str, Tensor]:
         """What was asked for, of "t2v" [N] and "v2t" [V]: int64 on the CPU."""
         found = {}
         if self.of_texts:
             found["t2v"] = torch.empty_like(self.order)
-            found["t2v"][self.order] = torch.cat(self.counts).cpu()
+            found["t2v"][self.order] = self.counts.cpu()
         return found | ({"v2t": self.video_counts.cpu()} if self.of_videos else {})
