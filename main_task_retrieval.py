@@ -24,6 +24,7 @@ from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
 from engine.distributed import AgreedError, World, main_first
 from engine.evaluate import evaluate, open_all
+from engine.features import open_cache
 from engine.lock import locked
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
@@ -163,7 +164,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
     if evaluation is None or evaluation.split is not data.scored or data.bank:
-        evaluation = evaluate(model, data.scored, loaders, data.bank)
+        evaluation = evaluate(model, data.scored, loaders, data.bank, open_cache(model, options, world))
     scored = evaluation.split
     size = f"{len(scored.captions)} captions x {len(scored.videos)} videos, {evaluation.seconds:.1f} s"
     log.info(f"{scored.dataset} {scored.name}, {size}\n{format_metrics(evaluation.metrics)}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine.evaluate import autocast
+from engine.data import autocast
 from engine.options import Options
 from engine.step import trade
 from modules.encoders.base import frame_places

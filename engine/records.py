@@ -21,6 +21,7 @@ from engine.evaluate import Evaluation
 from engine.memory import estimate_mb
 from engine.options import Options
 from engine.progress import log
+from engine.scores import write_npz
 from modules.encoders import Encoder
 from modules.metrics import LOOKS_AT
 from modules.model import VideoTextModel
@@ -103,8 +104,8 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
     (folder / SIMILARITY).unlink(missing_ok=True)  # one of an earlier run would belong to other results
     write_json(folder / RESULTS, found)
     if options.run.save_similarity:
-        arrays = {
-            "similarity": evaluation.similarity.numpy(),
+        arrays: dict[str, Any] = {
+            "similarity": evaluation.similarity,
             "caption_to_video": np.asarray(split.caption_to_video),
             "captions": np.array(split.captions),
             "video_ids": np.array([video.video_id for video in split.videos]),
@@ -112,8 +113,8 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
             "same_dsl_axis": np.bool_(evaluation.same_dsl_axis),
         }
         if evaluation.bank is not None:
-            arrays["bank_similarity"] = evaluation.bank.numpy()
-        write_whole(folder / SIMILARITY, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            arrays["bank_similarity"] = evaluation.bank
+        write_whole(folder / SIMILARITY, lambda file: write_npz(file, arrays))
     log.info("wrote %s", folder / RESULTS)
 
 

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints.names import parameter_name
 from engine.compat import Compat
+from engine.data import autocast
 from engine.distributed import World, agree, average_gradients, broadcast_parameters, gather_objects, gather_rows
-from engine.evaluate import autocast
 from engine.groups import TrainOptions
 from modules.encoders.base import frame_places
 from modules.model import Gather, VideoTextModel

@@ -38,19 +38,32 @@ class VideoTextModel(nn.Module):
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Representation:
         """token_ids int64 [N, L], token_mask bool [N, L] -> text features for :meth:`similarity`."""
+        return self.head.text(self.text_features(token_ids, token_mask), token_mask)
+
+    def text_features(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """token_ids int64 [N, L], token_mask bool [N, L] -> what the head gets: [N, D] or [N, L, D] float32.
+
+        In place of token_ids this may have been given already: float [N, L, D], [N, 1, D] where the head takes [N, D].
+        """
+        if token_ids.is_floating_point():
+            return token_ids if self.head.takes_tokens else token_ids[:, 0]
         pooled, tokens = self.clip.encode_text(token_ids, token_mask)
-        return self.head.text((tokens if self.head.takes_tokens else pooled).float(), token_mask)
+        return (tokens if self.head.takes_tokens else pooled).float()
 
     def frame_features(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Tensor:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T', D] float32.
 
         places: see Encoder.encode_frames.
         Where the head takes the feature of the whole clip and the encoder has one, it stands in every frame's place.
+        In place of frames this may have been given already.
         """
-        features, whole = self.clip.encode_frames(frames, frame_mask, places)
-        if self.head.takes_whole_video and whole is not None:
-            features = whole[:, None].expand_as(features)
-        return features.float()
+        if frames.ndim == 3:
+            return frames
+        return self.chosen(*self.clip.encode_frames(frames, frame_mask, places)).float()
+
+    def chosen(self, features: Tensor, whole: Tensor | None) -> Tensor:
+        """Of what the encoder gave, what the head takes: [V, T', D]."""
+        return whole[:, None].expand_as(features) if self.head.takes_whole_video and whole is not None else features
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Representation:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`.
@@ -77,12 +90,15 @@ class VideoTextModel(nn.Module):
         A separable head takes one matrix product; another goes through blocks of pairs that need at most about
         `memory_mb` each. show: iterates over the list of blocks, for a progress display.
         """
-        scale, head = self.evaluation_scale(), self.head
-        out = torch.empty(count(text), count(video))
+        head, out = self.head, torch.empty(count(text), count(video))
         pairs = ROWS * out.shape[1] if head.separable else int(memory_mb * 2**20) // head.pair_bytes(text, video)
         for rows, columns in show(pair_blocks(out.shape[0], out.shape[1], pairs)):
-            out[rows, columns] = (scale * head.similarity(take(text, rows), take(video, columns))).float().cpu()
+            out[rows, columns] = self.scores(take(text, rows), take(video, columns)).cpu()
         return out
+
+    def scores(self, text: Representation, video: Representation) -> Tensor:
+        """Similarities float32 [N, V] as :meth:`similarity` has them, in one go and where the features are."""
+        return (self.evaluation_scale() * self.head.similarity(text, video)).float()
 
     def forward(
         self,

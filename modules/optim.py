@@ -170,13 +170,16 @@ def freeze(encoder: Encoder, num_layers: int) -> list[str]:
     """``--freeze_layer_num``: -1 trains all of the encoder; n >= 0 freezes what comes before block n of each tower.
 
     Frozen are the embeddings, positional tables, patch projection and first LayerNorm, and the first n blocks. The
-    others, the last LayerNorms, the projections and the logit scale train. Returns the names that were frozen.
+    others, the last LayerNorms, the projections and the logit scale train. One more than there are blocks freezes both
+    towers as wholes; the logit scale is none of theirs. Returns the names that were frozen.
     """
-    if not -1 <= num_layers <= encoder.blocks:
-        raise ValueError(f"--freeze_layer_num must be in -1..{encoder.blocks} for this CLIP, got {num_layers}")
+    every = encoder.blocks + 1
+    if not -1 <= num_layers <= every:
+        raise ValueError(f"--freeze_layer_num must be in -1..{every} for this CLIP, got {num_layers}")
     frozen = []
     for name, parameter in encoder.named_parameters():
-        if (depth := encoder.depth(name)) is not None and depth <= num_layers:
+        depth = every if num_layers == every and name != "logit_scale" else encoder.depth(name)
+        if depth is not None and depth <= num_layers:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

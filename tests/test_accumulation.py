@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from engine.data import autocast
 from engine.distributed import World
-from engine.evaluate import autocast
 from engine.step import NonFiniteError, Trainer, cached_backward, trade
 from modules.encoders.clip import CLIP, ClipSizes
 from modules.heads import HEADS

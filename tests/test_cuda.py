@@ -26,8 +26,8 @@ from golden_vectors import GOLDEN_DIR, load, recipe
 from test_main import TRAIN, replaced
 from tiny_models import CASES, batch, tiny_model
 
+from engine.data import autocast
 from engine.distributed import World, choose_device, gather_rows, read_place
-from engine.evaluate import autocast
 from engine.step import Trainer, trade
 from main_task_retrieval import main
 from modules.encoders.base import frame_places

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import step
+from engine.data import autocast
 from engine.distributed import World
-from engine.evaluate import autocast
 from engine.step import Shares, Trainer, trade
 from modules.encoders import ENCODERS
 from modules.encoders.base import Conventions, frame_places

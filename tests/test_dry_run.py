@@ -53,7 +53,7 @@ def test_the_plan_of_a_training_run(sample, msrvtt_flags, tmp_path, capsys):
             "--max_words must be at most 77 for this CLIP, got 78",
         ),
         (["--do_eval", "--dry_run", "--max_words", "78"], "--max_words must be at most 77 for this CLIP, got 78"),
-        ([*TRAIN, "--freeze_layer_num", "3"], "--freeze_layer_num must be in -1..2 for this CLIP, got 3"),
+        ([*TRAIN, "--freeze_layer_num", "4"], "--freeze_layer_num must be in -1..3 for this CLIP, got 4"),
         (
             [*TRAIN, "--sim_header", "seqTransf", "--max_frames", "80"],
             "--sim_header seqTransf takes at most 77 frames, got 80; lower --max_frames",
