@@ -23,7 +23,7 @@ from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
 from engine.distributed import World, main_first
 from engine.evaluate import evaluate
-from engine.options import Options, parse_options
+from engine.options import Options, follow, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
 from engine.records import ROOT, SELECTED, plan, results, warn_of_other_settings, write_results
 from engine.resume import Interrupted, StopRequest, find_last, load_last
@@ -103,6 +103,10 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     resumed = load_last(last) if last else None
     with main_first():  # a download is for one process
         weights = find_weights(options, download=not options.run.dry_run)
+    followed = follow(options, weights.sidecar.get("encoder", {}))
+    if followed is not options:
+        log.info("--encoder %s, as %s was trained with", followed.model.encoder, weights.path)
+        options = choose_precision(followed, world)
     data = load_run_data(options, weights, resumed)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.
@@ -117,7 +121,8 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         return
     log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
-    loaders = Loaders(options, world, tokenize, model.clip.image.size)
+    image = model.clip.image
+    loaders = Loaders(options, world, tokenize, image.size, image.resize_mode, image.interpolation)
     source, evaluation = weights, None
     if data.train is not None:
         evaluation = fine_tune(model, loaders, data, resumed, stop)

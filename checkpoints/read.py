@@ -5,7 +5,7 @@ No module is built here: tensors go from dict to dict, under CLIP4Clip's names (
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ EXAMPLES = 4
 ACTIVATIONS = ("quick_gelu", "gelu")
 GELU_MARK = "clip.gelu_activation"  # among the tensors of our files that were trained with gelu
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
+CONFIG_FILES = ("open_clip_config.json", "config.json")  # beside weights of open_clip, of Hugging Face
 OPEN_CLIP_USUAL = (
     ("text_cfg", "pool_type", "argmax"),
     ("text_cfg", "no_causal_mask", False),
@@ -44,6 +45,7 @@ class Checkpoint:
     activation: str | None  # "quick_gelu", "gelu", or None when nothing tells
     activation_reason: str
     encoder: str  # the name of the encoder that the file holds
+    told: dict[str, Any] = field(default_factory=dict)  # sizes of the encoder that stand beside the file
 
 
 def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dict | None = None) -> Checkpoint:
@@ -59,17 +61,19 @@ def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dic
         remedy = "give it as --resume_model, or for weights the pytorch_model.bin beside it"
         raise CheckpointError(f"{path} is the state of a training run: {remedy}")
     try:
-        named = canonical_names(unwrap(raw.content), encoders)
+        sidecar = read_sidecar(path) if sidecar is None else sidecar
+        spec = (sidecar or {}).get("encoder") or {}
+        named = canonical_names(unwrap(raw.content), encoders, spec.get("name"))
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-    sidecar = read_sidecar(path) if sidecar is None else sidecar
     activation, reason = _activation(path, raw, named, sidecar)
-    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}"
+    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS.get(named.naming, f'as --encoder {named.naming} names it')}"
     if raw.container == "torchscript":
         kind = "TorchScript archive of a CLIP, as OpenAI releases them"
     if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):
         kind += f", {n_heads} tensors of heads"
-    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder)
+    told = spec.get("sizes") or _image_heads(path, named.naming)
+    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder, told)
 
 
 def read_sidecar(path: str | Path) -> dict | None:
@@ -176,7 +180,7 @@ def _activation(path: Path, raw: RawFile, named: NamedTensors, sidecar: dict | N
         if named.naming == "openai" and any(str(k).removeprefix("module.").startswith(CLIP_PREFIX) for k in state):
             return "quick_gelu", "CLIP4Clip's form: it and InternVideo's code start from OpenAI's weights only"
     elif named.naming == "hugging_face" or raw.container != "torchscript":
-        config_file = path.with_name("config.json" if named.naming == "hugging_face" else "open_clip_config.json")
+        config_file = path.with_name(CONFIG_FILES[named.naming == "hugging_face"])
         config = read_json(config_file)
         try:
             if config is not None:
@@ -194,19 +198,37 @@ def _activation_in_config(config: dict, path: Path) -> tuple[str, str]:
         key, text, vision = "hidden_act", config.get("text_config") or {}, config.get("vision_config") or {}
         found = {part.get(key, "quick_gelu") for part in (text, vision)}
         text_head = text.get("hidden_size", 512) / text.get("num_attention_heads", 8)
-        image_head = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
     else:
         config = config.get("model_cfg") or config
         key, text, vision = "quick_gelu", config.get("text_cfg") or {}, config.get("vision_cfg") or {}
         found = {"quick_gelu" if config.get(key, False) else "gelu"}
-        text_head, image_head = text.get("width", 512) / text.get("heads", 8), vision.get("head_width", HEAD_WIDTH)
+        text_head = text.get("width", 512) / text.get("heads", 8)
         for part, option, usual in OPEN_CLIP_USUAL:
             if (config.get(part) or {}).get(option, usual) != usual:
                 raise CheckpointError(f"{path}: {part}.{option} differs from OpenAI's towers, the only ones built here")
-    for tower, width in (("text", text_head), ("image", image_head)):
-        if width != HEAD_WIDTH:
-            raise CheckpointError(f"{path}: the {tower} tower's heads are {width:g} wide; {HEAD_WIDTH} is built here")
+    if text_head != HEAD_WIDTH:
+        raise CheckpointError(f"{path}: the text tower's heads are {text_head:g} wide; {HEAD_WIDTH} is built here")
     if len(found) > 1 or not found <= set(ACTIVATIONS):
         shown = " and ".join(sorted(map(str, found)))
         raise CheckpointError(f"{path}: {key} is {shown}; built here is quick_gelu in both towers or gelu in both")
     return found.pop(), f"{key} in {path.name}"
+
+
+def _image_heads(path: Path, naming: str) -> dict[str, int]:
+    """The attention heads of the image tower, by the configuration beside a file; empty where none tells.
+
+    Another part of the configuration than :func:`_activation` needs; that one refuses what is not built here.
+    """
+    file = path.with_name(CONFIG_FILES[naming == "hugging_face"])
+    config = read_json(file) or {}
+    try:
+        if naming == "hugging_face":
+            vision = config.get("vision_config") or {}
+            heads = vision.get("num_attention_heads")
+        else:
+            vision = (config.get("model_cfg") or config).get("vision_cfg") or {}
+            width, head = vision.get("width", 768), vision.get("head_width", HEAD_WIDTH)
+            heads = width // head if vision else None
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file} describes no CLIP ({error}); repair it or remove it") from error
+    return {} if heads is None else {"vision_heads": heads}

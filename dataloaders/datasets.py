@@ -46,6 +46,8 @@ class VideoSource:
     sampling: FrameSampling
     image_size: int
     frame_order: int = 0  # 0 as filmed, 1 reversed, 2 shuffled
+    resize_mode: str = "shortest"  # see FrameTransform
+    interpolation: str = "bicubic"
 
     def read(self, split: RetrievalSplit, index: int, generator: np.random.Generator, caption: str = "") -> Item:
         """A video of the split; with a `caption`, as a training pair, for which the frame rule may draw at random."""
@@ -56,7 +58,8 @@ class VideoSource:
             return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
         if self.frame_order:
             frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
-        return Item(index, clip.video_id, FrameTransform(self.image_size)(frames), caption)
+        transform = FrameTransform(self.image_size, self.resize_mode, self.interpolation)
+        return Item(index, clip.video_id, transform(frames), caption)
 
 
 class VideoDataset(Dataset):

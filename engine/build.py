@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.download import OPENAI_CLIP, fetch_clip
+from checkpoints.download import HUB, OPENAI_CLIP, fetch_clip, fetch_from_hub
 from checkpoints.names import CLIP_PREFIX, PLAIN_CLIP, merge, parameter_name, split_towers
 from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_checkpoint, read_sidecar, weight_file
 from engine.compat import COMPAT
@@ -26,17 +26,19 @@ from modules.model import VideoTextModel
 class Weights:
     """The file that a run starts from: resolved once, with what stands beside it.
 
-    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with.
+    flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with. known: what its encoder knows
+    of a file from elsewhere, in place of a sidecar.
     """
 
     flag: str
     path: Path
     clip: "Weights | None" = None
+    known: Mapping[str, Any] | None = None
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
         """What this project wrote beside the file; empty where there is nothing."""
-        return (read_sidecar(self.path) or {}) if self.path.exists() else {}
+        return dict(self.known or (read_sidecar(self.path) if self.path.exists() else {}) or {})
 
     def read(self) -> Checkpoint:
         """The tensors. Raises CheckpointError."""
@@ -65,10 +67,18 @@ def find_weights(options: Options, download: bool = True) -> Weights:
 
 def find_clip(options: Options, download: bool) -> Weights:
     """The CLIP of --pretrained_clip_name: a name to fetch, or a path. Raises CheckpointError, DownloadError."""
-    flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
+    flag, name, own = "pretrained_clip_name", options.model.pretrained_clip_name, options.own["encoder"]
+
+    def fetch(name: str) -> Path:
+        return fetch_from_hub(name, download) if name.startswith(HUB) else existing(flag, Path(name))
+
+    if found := ENCODERS[options.model.encoder].find(name, own, fetch):
+        return Weights(flag, found[0], known=found[1])
+    if name.startswith(HUB):
+        return Weights(flag, fetch(name))
     if name not in OPENAI_CLIP:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
-    check_max_words(options, 77)  # as OpenAI's CLIPs have it
+    check_max_words(options, getattr(own, "context_length", None) or 77)  # as OpenAI's CLIPs have it
     folder = options.model.cache_dir.expanduser()
     return Weights(flag, fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0])
 
@@ -146,7 +156,11 @@ def build_encoder(
         towers = merge(towers, clip, merge_weight, kept)
         log.info("--mergeclip: %g x CLIP + %g x %s; kept %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
     activation = choose_activation(options.model.activation, checkpoint)
-    encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
+    encoder = chosen(chosen.sizes_of(towers, own, checkpoint.told), activation, own, conventions)
+    before, towers = towers, encoder.fitted(towers)
+    for name in before.keys() & towers.keys():
+        if (old := list(before[name].shape)) != (new := list(towers[name].shape)):
+            log.info("clip.%s: %s in the file, %s here: interpolated (--image_size, --context_length)", name, old, new)
     start = missing_own_parts(encoder, found)
     if start and options.model.finetuned_path:
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
@@ -192,6 +206,8 @@ def build_head(options: Options, encoder: Encoder, sidecar: Mapping[str, Any], t
                 own = replace(own, **{field.name: stored[field.name]})
             elif "sim_header" not in sidecar and any(key.startswith(head.checkpoint_prefixes) for key in tensors):
                 raise ValueError(f"weights do not show --{field.name}: give the number that they were trained with")
+    if interaction != "no" and encoder.no_tokens:
+        raise ValueError(f"--interaction {interaction} compares words with frames, and {encoder.no_tokens}")
     built = head(encoder.head_sizes, own, encoder.conventions)
     return built if interaction == "no" else INTERACTIONS[interaction](built, options.own["interaction"])
 
@@ -227,7 +243,10 @@ def tensors_of_head(
         raise CheckpointError(f"{path} holds no weights for {without}; give the options it was trained with")
     log.info("%s has no %s*: they start from CLIP's tensors where those fit, else at random", path, names)
     start = {**head.state_dict(), **loss.state_dict()}
-    start = {parameter_name(key): value for key, value in start.items()} | head.init_from_clip(towers)
+    start = {parameter_name(key): value for key, value in start.items()}
+    if of_text := model.clip.text_blocks(towers):
+        derived = head.init_from_clip(of_text).items()
+        start |= {key: value for key, value in derived if key in start and value.shape == start[key].shape}
     return kept | {key: value.clone() for key, value in start.items() if key.startswith(added)}
 
 

@@ -94,17 +94,22 @@ def trained_videos(before: Any, source: str, train: RetrievalSplit | None) -> di
 
 @dataclass(frozen=True)
 class Loaders:
-    """Makes the loaders of a run. tokenize: captions -> ids and mask; image_size: side of the frames in pixels."""
+    """Makes the loaders of a run. tokenize: captions -> ids and mask; image_size: side of the frames in pixels.
+
+    resize_mode, interpolation: see FrameTransform.
+    """
 
     options: Options
     world: World
     tokenize: Callable[..., Any]
     image_size: int
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
 
     def source(self, frame_order: int) -> VideoSource:
         data, own = self.options.data, self.options.own["frame_rule"]
         sampling = FrameSampling(data.frame_rule, data.feature_framerate, data.max_frames, options=own)
-        return VideoSource(sampling, self.image_size, frame_order)
+        return VideoSource(sampling, self.image_size, frame_order, self.resize_mode, self.interpolation)
 
     def reading(self) -> Reading:
         on_gpu = self.world.device.type == "cuda"

@@ -24,7 +24,6 @@ from engine.options import TrainOptions
 from modules.model import VideoTextModel
 from modules.optim import BertAdam, parameter_groups
 from modules.representation import Representation, as_parts, concat, each, pad_to
-from modules.transformer import Transformer
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +54,7 @@ def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool,
     if compile_towers and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError("--compile needs a C++ compiler on the CPU and none is on PATH: install g++, or leave it out")
     for module in model.modules():
-        if isinstance(module, Transformer):
+        if hasattr(module, "checkpointing"):
             module.checkpointing = grad_checkpointing
             if compile_towers:
                 module.compile()

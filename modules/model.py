@@ -31,6 +31,8 @@ class VideoTextModel(nn.Module):
         # A parameter without a gradient must not count as trainable: it stops DistributedDataParallel.
         unused = encoder.without_gradient(head.takes_tokens, head.takes_whole_video)
         unused += () if head.scaled else ("logit_scale",)
+        unused += () if self.criterion.reads_bias else ("logit_bias",)
+        self.criterion.attach(encoder)
         for name, parameter in encoder.named_parameters():
             if name.startswith(unused):
                 parameter.requires_grad_(False)
@@ -105,12 +107,12 @@ class VideoTextModel(nn.Module):
             if alone:
                 text, video = as_float32(text), as_float32(video)
             logits = (self.scale() * self.head.similarity(text, video)).float()
-            return self.criterion(Pairs(logits, text, video, self.head, generator))
+            return self.criterion(Pairs(logits, text, video, self.head, generator, self.clip.logit_bias))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step."""
-        self.clip.logit_scale.clamp_(max=math.log(100))
+        """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step, or what the encoder's may be."""
+        self.clip.logit_scale.clamp_(max=math.log(self.clip.largest_scale))
 
 
 def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:
