@@ -4,6 +4,7 @@ True widths where that is cheap, one block a tower, and a few hundred tokens: de
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,18 +32,32 @@ SHALLOW = {
 }
 
 
-def shallow(name: str) -> str:
-    entry = partial(timm.create_model, name, **SHALLOW[name])
+# The same with small widths and pictures, to be trained within seconds.
+TINY = {
+    "vit_base_patch16_siglip_224": {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32, "patch_size": 8},
+    "convnext_base": {"depths": (1, 1, 1, 1), "dims": (32, 32, 64, 64)},
+}
+TINY_TOWER = {
+    "ViT-B-32": {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32},
+    "ViT-B-16-SigLIP": {"timm_model_name": "tiny_vit_base_patch16_siglip_224", "image_size": 32},
+    "convnext_base": {"timm_model_name": "tiny_convnext_base", "image_size": 64},
+}
+
+
+def named(kind: str, name: str, settings: dict) -> str:
+    entry = partial(timm.create_model, name, **settings)
 
     def make(pretrained: bool = False, **settings):
         return entry(pretrained=False, **settings)
 
-    make.__name__ = f"shallow_{name}"
+    make.__name__ = f"{kind}_{name}"
     register_model(make)
     return make.__name__
 
 
-SHALLOW_NAMES = {name: shallow(name) for name in SHALLOW}
+SHALLOW_NAMES = {name: named("shallow", name, settings) for name, settings in SHALLOW.items()}
+for _name, _settings in TINY.items():
+    named("tiny", _name, _settings)
 # Models of open_clip's list: what they are an example of.
 ARCHITECTURES = {
     "ViT-B-32": "plain",
@@ -60,6 +75,7 @@ ARCHITECTURES = {
     "PE-Core-B-16": "Perception Encoder",
     "xlm-roberta-base-ViT-B-32": "a text tower of Hugging Face",
 }
+WORDS = Path(__file__).parent.parent / "tools" / "sample_data" / "words.json"
 CAPTIONS = (
     "a red square moves to the left",
     "two people, dancing!",
@@ -90,28 +106,40 @@ def configuration(name: str, folder: Path, vocabulary: int = 400, **vision) -> d
 
 
 def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
-    """A word tokenizer learnt from the captions. SigLIP's pads with the token that ends a text, others with their own."""
+    """A word tokenizer learnt from the captions and the words of the sample data. SigLIP's pads with the token that ends a text, others with their own."""
     inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<s>", "</s>", "<unk>", "<pad>"]
-    inner.train_from_iterator(CAPTIONS, trainers.WordLevelTrainer(special_tokens=special))
+    special = ["<s>", "<pad>", "</s>", "<unk>"]  # as XLM-R numbers them
+    words = re.findall(r"\w+", WORDS.read_text(encoding="utf-8"))
+    inner.train_from_iterator([*CAPTIONS, *words], trainers.WordLevelTrainer(special_tokens=special))
     inner.post_processor = processors.TemplateProcessing(single=f"$A {ends}", special_tokens=[(ends, special.index(ends))])
     PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", sep_token="</s>", pad_token=padding
     ).save_pretrained(folder)
 
 
-def save_model(name: str, folder: Path, seed: int = 0, vocabulary: int = 400, **vision) -> torch.nn.Module:
+def save_tiny(name: str, folder: Path) -> torch.nn.Module:
+    """A model that learns within seconds: 64 wide, reading captions of the sample data."""
+    text = {"width": 64, "heads": 2, "layers": 1}
+    vocabulary = 400 if "SigLIP" in name else 49408
+    return save_model(name, folder, vocabulary=vocabulary, embed_dim=64, text=text, **TINY_TOWER[name])
+
+
+def save_model(
+    name: str, folder: Path, vocabulary: int = 400, embed_dim: int | None = None, text: dict | None = None, **vision
+) -> torch.nn.Module:
     """A folder with configuration, weights and tokenizer; the library's model of it, in evaluation mode."""
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(name, folder, vocabulary, **vision)
+    config["embed_dim"] = embed_dim or config["embed_dim"]
+    config["text_cfg"] |= text or {}
     tags = open_clip.list_pretrained_tags_by_model(name)
     pictures = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     pictures = {key: pictures[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in pictures}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pictures}))
     if config["text_cfg"].get("hf_tokenizer_name"):
         save_tokenizer(folder, "</s>" if "SigLIP" in name else "<pad>")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False).eval()
     with torch.no_grad():  # norms start as the identity and biases as zero: make them count
         for parameter in model.parameters():
@@ -126,7 +154,7 @@ def save_model(name: str, folder: Path, seed: int = 0, vocabulary: int = 400, **
 
 
 def flags_for(folder: Path, *more: str) -> list[str]:
-    run = ["--do_eval", "--output_dir", str(folder / "out"), "--data_path", str(folder), "--features_path", str(folder)]
+    run = ["--do_eval", "--datatype", "msvd", "--output_dir", str(folder / "out"), "--data_path", str(folder), "--features_path", str(folder)]
     return [*run, "--encoder", "open_clip", "--pretrained_clip_name", str(folder), "--device", "cpu", *more]
 
 

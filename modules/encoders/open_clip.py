@@ -122,7 +122,7 @@ class OpenClip(Encoder):
             config = read_config(path)
             if path.exists() and config is None:
                 raise ValueError(f"--pretrained_clip_name {name} has no {CONFIG} with a model_cfg in it")
-            return path, described(name, config["model_cfg"], config.get("preprocess_cfg"), path) if config else {}
+            return path, described(Path(name).name, config["model_cfg"], config.get("preprocess_cfg"), path) if config else {}
         name = name.replace("/", "-")
         model, tags = listed(name)
         remedy = f"tags of {name}: {', '.join(tags) or 'none'}"
