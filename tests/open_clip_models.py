@@ -120,13 +120,19 @@ def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
 
 def save_tiny(name: str, folder: Path) -> torch.nn.Module:
     """A model that learns within seconds: 64 wide, reading captions of the sample data."""
-    text = {"width": 64, "heads": 2, "layers": 1}
+    text = {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
     vocabulary = 400 if "SigLIP" in name else 49408
-    return save_model(name, folder, vocabulary=vocabulary, embed_dim=64, text=text, **TINY_TOWER[name])
+    return save_model(name, folder, vocabulary=vocabulary, embed_dim=64, text=text, timm_scale=3.0, **TINY_TOWER[name])
 
 
 def save_model(
-    name: str, folder: Path, vocabulary: int = 400, embed_dim: int | None = None, text: dict | None = None, **vision
+    name: str,
+    folder: Path,
+    vocabulary: int = 400,
+    embed_dim: int | None = None,
+    text: dict | None = None,
+    timm_scale: float = 1.0,
+    **vision,
 ) -> torch.nn.Module:
     """A folder with configuration, weights and tokenizer; the library's model of it, in evaluation mode."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +148,11 @@ def save_model(
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False).eval()
     with torch.no_grad():  # norms start as the identity and biases as zero: make them count
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif key.startswith("visual.trunk.") and "pos_embed" not in key:
+                parameter.mul_(timm_scale)  # timm starts with weights too small to learn from within seconds
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith(("running_mean", "running_var")):
                 buffer.add_(0.1 * torch.rand_like(buffer))
