@@ -112,9 +112,16 @@ def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
     special = ["<s>", "<pad>", "</s>", "<unk>"]  # as XLM-R numbers them
     words = re.findall(r"\w+", WORDS.read_text(encoding="utf-8"))
     inner.train_from_iterator([*CAPTIONS, *words], trainers.WordLevelTrainer(special_tokens=special))
-    inner.post_processor = processors.TemplateProcessing(single=f"$A {ends}", special_tokens=[(ends, special.index(ends))])
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"$A {ends}", special_tokens=[(ends, special.index(ends))]
+    )
     PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", sep_token="</s>", pad_token=padding
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token=padding,
     ).save_pretrained(folder)
 
 
@@ -162,7 +169,17 @@ def save_model(
 
 
 def flags_for(folder: Path, *more: str) -> list[str]:
-    run = ["--do_eval", "--datatype", "msvd", "--output_dir", str(folder / "out"), "--data_path", str(folder), "--features_path", str(folder)]
+    run = [
+        "--do_eval",
+        "--datatype",
+        "msvd",
+        "--output_dir",
+        str(folder / "out"),
+        "--data_path",
+        str(folder),
+        "--features_path",
+        str(folder),
+    ]
     return [*run, "--encoder", "open_clip", "--pretrained_clip_name", str(folder), "--device", "cpu", *more]
 
 

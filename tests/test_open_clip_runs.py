@@ -94,7 +94,9 @@ def test_fine_tuning_and_its_checkpoint(name, models, flags, tmp_path):
     if name == "ViT-B-16-SigLIP":  # its own loss, from there
         sigmoid = replaced(flags, output_dir=tmp_path / "sigmoid", init_model=after / "pytorch_model.bin")
         assert main([*replaced(TRAIN, epochs=3, lr=1e-4), *sigmoid, "--loss", "sigmoid"]) == 0
-        losses = [json.loads(line)["loss"] for line in (tmp_path / "sigmoid" / "history.jsonl").read_text().splitlines()]
+        losses = [
+            json.loads(line)["loss"] for line in (tmp_path / "sigmoid" / "history.jsonl").read_text().splitlines()
+        ]
         assert losses[-1] < losses[0]
         saved, start = (
             torch.load(folder / "pytorch_model.bin", weights_only=True) for folder in (tmp_path / "sigmoid", after)

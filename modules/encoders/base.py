@@ -63,7 +63,9 @@ class ShapeOptions:
         None, "side of the frames in pixels; another one than the weights': positions are interpolated", type=int
     )
     context_length: int | None = flag(
-        None, "stretch the text positions to so many tokens, as LongCLIP does (77 to 248), for longer --max_words", type=int
+        None,
+        "stretch the text positions to so many tokens, as LongCLIP does (77 to 248), for longer --max_words",
+        type=int,
     )
 
 

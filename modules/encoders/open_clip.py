@@ -122,7 +122,9 @@ class OpenClip(Encoder):
             config = read_config(path)
             if path.exists() and config is None:
                 raise ValueError(f"--pretrained_clip_name {name} has no {CONFIG} with a model_cfg in it")
-            return path, described(Path(name).name, config["model_cfg"], config.get("preprocess_cfg"), path) if config else {}
+            return path, described(
+                Path(name).name, config["model_cfg"], config.get("preprocess_cfg"), path
+            ) if config else {}
         name = name.replace("/", "-")
         model, tags = listed(name)
         remedy = f"tags of {name}: {', '.join(tags) or 'none'}"
@@ -204,7 +206,9 @@ class OpenClip(Encoder):
             tokenizer = HFTokenizer(source, context_length=length, tokenizer_mode=mode, **settings)
         except (OSError, ValueError, ImportError) as error:
             remedy = "fetch it where there is a connection (HF_HOME), or give its files: --open_clip_tokenizer DIR"
-            raise ValueError(f"the tokenizer {source} cannot be had ({str(error).splitlines()[0]}); {remedy}") from error
+            raise ValueError(
+                f"the tokenizer {source} cannot be had ({str(error).splitlines()[0]}); {remedy}"
+            ) from error
         whole = length if mode == "clips" else None
         return OpenClipTokenizer(tokenizer, tokenizer.tokenizer.pad_token_id or 0, whole)
 
