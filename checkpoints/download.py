@@ -7,6 +7,7 @@ import ssl
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -95,12 +96,12 @@ def fetch_from_hub(name: str, download: bool = True) -> Path:
     place, _, revision = name.removeprefix(HUB).partition("@")
     repository, own = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
     weights = (own,) if own else HUB_FILES
-    where = {"repo_id": repository, "revision": revision or None, "local_files_only": not download}
+    where: dict[str, Any] = {"revision": revision or None, "local_files_only": not download}
     reason: Exception | None = None
     for files in (CONFIGS, weights):  # the configuration first: with it the file tells how to read it
         for file in files:
             try:
-                found = Path(hf_hub_download(filename=file, **where))
+                found = Path(hf_hub_download(repository, file, **where))
                 if files is weights:
                     return found
             except EntryNotFoundError as error:  # not in the repository, or neither in the cache nor to be reached

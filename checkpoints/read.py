@@ -67,7 +67,8 @@ def read_checkpoint(path: str | Path, encoders: Sequence[Any] = (), sidecar: dic
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     activation, reason = _activation(path, raw, named, sidecar)
-    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS.get(named.naming, f'as --encoder {named.naming} names it')}"
+    naming = NAMINGS.get(named.naming, f"under the names of --encoder {named.naming}")
+    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {naming}"
     if raw.container == "torchscript":
         kind = "TorchScript archive of a CLIP, as OpenAI releases them"
     if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):

@@ -159,8 +159,8 @@ def build_encoder(
     encoder = chosen(chosen.sizes_of(towers, own, checkpoint.told), activation, own, conventions)
     before, towers = towers, encoder.fitted(towers)
     for name in before.keys() & towers.keys():
-        if (old := list(before[name].shape)) != (new := list(towers[name].shape)):
-            log.info("clip.%s: %s in the file, %s here: interpolated (--image_size, --context_length)", name, old, new)
+        if (was := list(before[name].shape)) != (now := list(towers[name].shape)):
+            log.info("clip.%s: %s in the file, %s here: interpolated (--image_size, --context_length)", name, was, now)
     start = missing_own_parts(encoder, found)
     if start and options.model.finetuned_path:
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]

@@ -106,7 +106,10 @@ def configuration(name: str, folder: Path, vocabulary: int = 400, **vision) -> d
 
 
 def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
-    """A word tokenizer learnt from the captions and the words of the sample data. SigLIP's pads with the token that ends a text, others with their own."""
+    """A word tokenizer that knows the captions and the sample data.
+
+    SigLIP's pads with the token that ends a text, others with one of their own.
+    """
     inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<s>", "<pad>", "</s>", "<unk>"]  # as XLM-R numbers them

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
 
-
 MODES = ("shortest", "squash", "longest")
 INTERPOLATIONS = ("bicubic", "bilinear")
 

@@ -72,7 +72,8 @@ class ShapeOptions:
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
-    Its parameters, a scalar `logit_scale` among them and, for losses of single pairs, `logit_bias` or None, are ``clip.`` + their names in checkpoints: OpenAI's for CLIP's.
+    Its parameters, a scalar `logit_scale` among them, are ``clip.`` + their names in checkpoints: OpenAI's for CLIP's.
+    `logit_bias`, a scalar or None, is what a loss of single pairs adds to the scaled similarities.
     """
 
     Options: type = NoOptions
