@@ -128,26 +128,28 @@ def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
     ).save_pretrained(folder)
 
 
-def save_tiny(name: str, folder: Path) -> torch.nn.Module:
+def save_tiny(name: str, folder: Path, **top) -> torch.nn.Module:
     """A model that learns within seconds: 64 wide, reading captions of the sample data."""
     text = {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
     vocabulary = 400 if "SigLIP" in name else 49408
-    return save_model(name, folder, vocabulary=vocabulary, embed_dim=64, text=text, timm_scale=3.0, **TINY_TOWER[name])
+    return save_model(
+        name, folder, vocabulary=vocabulary, text=text, timm_scale=3.0, top={"embed_dim": 64} | top, **TINY_TOWER[name]
+    )
 
 
 def save_model(
     name: str,
     folder: Path,
     vocabulary: int = 400,
-    embed_dim: int | None = None,
     text: dict | None = None,
+    top: dict | None = None,
     timm_scale: float = 1.0,
     **vision,
 ) -> torch.nn.Module:
     """A folder with configuration, weights and tokenizer; the library's model of it, in evaluation mode."""
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(name, folder, vocabulary, **vision)
-    config["embed_dim"] = embed_dim or config["embed_dim"]
+    config |= top or {}
     config["text_cfg"] |= text or {}
     tags = open_clip.list_pretrained_tags_by_model(name)
     pictures = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
