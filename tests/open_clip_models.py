@@ -130,7 +130,7 @@ def save_tokenizer(folder: Path, padding: str, ends: str = "</s>") -> None:
 
 def save_tiny(name: str, folder: Path, **top) -> torch.nn.Module:
     """A model that learns within seconds: 64 wide, reading captions of the sample data."""
-    text = {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
+    text = {"width": 64, "heads": 2, "layers": 1, "context_length": 32}
     vocabulary = 400 if "SigLIP" in name else 49408
     return save_model(
         name, folder, vocabulary=vocabulary, text=text, timm_scale=3.0, top={"embed_dim": 64} | top, **TINY_TOWER[name]
