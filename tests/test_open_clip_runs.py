@@ -46,7 +46,7 @@ def flags(sample, msrvtt_flags, tmp_path) -> list[str]:
     first = {each["video_id"]: each["caption"] for each in reversed(captions)}
     rows = [f'ret{i},msr{i},{video},"{first[video]}"' for i, video in enumerate(listed[:SCORED])]
     (tmp_path / "scored.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]))
-    changed = replaced(msrvtt_flags, max_words=20, max_frames=2, val_csv=tmp_path / "scored.csv")
+    changed = replaced(msrvtt_flags, max_frames=2, val_csv=tmp_path / "scored.csv")
     return [*changed, "--save_similarity", "--allow_missing", "--allow_overlap"]
 
 
@@ -115,8 +115,8 @@ def test_resume(models, flags, tmp_path, monkeypatch):
             shutil.copy(folder / "checkpoint_last.pt", kept)
 
     monkeypatch.setattr(engine.train, "save_last", save_and_keep)
-    model = ["--encoder", "open_clip", "--pretrained_clip_name", str(models / "ViT-B-16-SigLIP"), "--loss", "sigmoid"]
-    command = [*TRAIN, "--freeze_layer_num", "1", "--gradient_accumulation_steps", "2", *model]
+    flags = [*replaced(flags, pretrained_clip_name=models / "ViT-B-16-SigLIP"), "--encoder", "open_clip"]
+    command = [*replaced(TRAIN, freeze_layer_num=1), "--gradient_accumulation_steps", "2", "--loss", "sigmoid"]
     assert main([*command, *replaced(flags, output_dir=tmp_path / "whole")]) == 0
     assert main([*command, *replaced(flags, output_dir=tmp_path / "resumed", resume_model=kept)]) == 0
     assert np.array_equal(similarity_of(tmp_path / "whole"), similarity_of(tmp_path / "resumed"))
