@@ -21,7 +21,7 @@ from engine.options import parse_options
 from main_task_retrieval import main
 
 # Model -> epochs until it knows some of the clips that it is trained on, of which SCORED are scored.
-LEARNS = {"ViT-B-32": 8, "convnext_base": 8, "ViT-B-16-SigLIP": 14}
+LEARNS = {"ViT-B-32": 14, "convnext_base": 8, "ViT-B-16-SigLIP": 14}
 SCORED = 24
 
 
