@@ -26,7 +26,7 @@ from engine.distributed import AgreedError, World, main_first
 from engine.evaluate import evaluate, open_all
 from engine.features import open_cache
 from engine.lock import locked
-from engine.options import Options, parse_options
+from engine.options import Options, follow, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
 from engine.records import (
     HISTORY,
@@ -135,6 +135,10 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     with main_first():  # a download is for one process
         weights = find_weights(options, download=not options.run.dry_run)
     check_folder(options, last, weights.files())
+    followed = follow(options, weights.sidecar.get("encoder", {}))
+    if followed is not options:
+        log.info("--encoder %s, as %s was trained with", followed.model.encoder, weights.path)
+        options = choose_precision(followed, world)
     data = load_run_data(options, weights, resumed)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.

@@ -1,4 +1,4 @@
-"""What stands beside weights and they do not show: how their pictures were prepared, and the eps of their LayerNorms.
+"""What stands beside weights and they do not show: how pictures were prepared, image heads, the eps of LayerNorms.
 
 open_clip writes open_clip_config.json, Hugging Face config.json and preprocessor_config.json, this project a sidecar.
 Whatever of it is not built here is refused with file and key; keys that change no picture are ignored.
@@ -31,8 +31,9 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Beside:
-    """None: it is not said. `norm_eps`: of the image and of the text tower. `sides`: what names the image side, and
-    its pixels. The others are fields of the encoders' ImageInput: mean and std of values in 0..1, fill_color in 0..255.
+    """None: it is not said. `norm_eps`: of the image and of the text tower. `image_heads`: attention heads of the image
+    tower. `sides`: what names the image side, and its pixels. The others are fields of the encoders' ImageInput: mean
+    and std of values in 0..1, fill_color in 0..255.
     """
 
     mean: tuple[float, ...] | None = None
@@ -41,6 +42,7 @@ class Beside:
     interpolation: str | None = None
     fill_color: tuple[int, ...] | None = None
     norm_eps: tuple[float, float] | None = None
+    image_heads: int | None = None
     sides: tuple[tuple[str, int], ...] = ()
     files: tuple[str, ...] = ()  # that say anything of it
 
@@ -97,7 +99,7 @@ def of_sidecar(spec: Mapping[str, Any], file: Path) -> Beside:
 
 
 def of_open_clip(config: Mapping[str, Any], file: Path) -> Beside:
-    """Of open_clip_config.json: ``preprocess_cfg``, and of ``model_cfg`` image side and eps."""
+    """Of open_clip_config.json: ``preprocess_cfg``, and of ``model_cfg`` image side, image heads and eps."""
     told = _pictures(_Keys(config.get("preprocess_cfg"), file, "preprocess_cfg"))
     model = _Keys(config.get("model_cfg"), file, "model_cfg").values or config
     eps = []
@@ -111,7 +113,9 @@ def of_open_clip(config: Mapping[str, Any], file: Path) -> Beside:
             norm.refuse(key, "no option of a LayerNorm but eps is built here")
         eps.append(norm.eps("eps"))
         if part == "vision_cfg":
-            told = told.completed(Beside(sides=tower.side("image_size")))
+            width, head = tower.whole("width", 768), tower.whole("head_width", 64)
+            heads = width // head if tower.values else None
+            told = told.completed(Beside(sides=tower.side("image_size"), image_heads=heads))
     return told.completed(Beside(norm_eps=(eps[0], eps[1]), files=(file.name,)))
 
 
@@ -134,10 +138,11 @@ def _pictures(keys: "_Keys") -> Beside:
 
 
 def of_clip_config(config: Mapping[str, Any], file: Path) -> Beside:
-    """Of transformers' config.json of a CLIPModel: image side and eps."""
+    """Of transformers' config.json of a CLIPModel: image side, image heads and eps."""
     vision, text = (_Keys(config.get(part), file, part) for part in ("vision_config", "text_config"))
     eps = vision.eps("layer_norm_eps"), text.eps("layer_norm_eps")
-    return Beside(norm_eps=eps, sides=vision.side("image_size"), files=(file.name,))
+    heads = vision.whole("num_attention_heads", 12) if vision.values else None
+    return Beside(norm_eps=eps, image_heads=heads, sides=vision.side("image_size"), files=(file.name,))
 
 
 def of_processor(config: Mapping[str, Any], file: Path) -> Beside:
@@ -205,6 +210,13 @@ class _Keys:
         if len(numbers) != 3 or not all(_is_number(x) and low <= x <= high for x in numbers):
             self.refuse(key, f"expected are three numbers in {max(low, 0):.0f}..{high:.0f}, for red, green and blue")
         return tuple(kind(x) for x in numbers)
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number above 0; both programs leave their default out."""
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 1:
+            self.refuse(key, "expected is a whole number above 0")
+        return value
 
     def side(self, key: str) -> tuple[tuple[str, int], ...]:
         """The side of a square in pixels, under its name in messages; empty where there is none."""

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP weights: kept in one folder, checked by SHA-256 before every use, fetched where they are missing."""
+"""Weights by name: OpenAI's CLIPs, kept in one folder and checked by SHA-256, and repositories of Hugging Face."""
 
 import http.client
 import os
@@ -7,6 +7,7 @@ import ssl
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,6 +20,9 @@ OPENAI_CLIP = {  # name -> file name, SHA-256
     "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
 }
+HUB = "hf-hub:"  # how names of Hugging Face repositories begin
+CONFIGS = ("open_clip_config.json", "config.json")
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 SILENCE_S = 30.0  # a server that sends nothing for so long is given up
 # What ends a transfer; any other OSError comes from the folder.
 TRANSFER_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
@@ -75,3 +79,39 @@ def fetch_file(url: str, sha256: str, target: Path) -> Path:
         problem = f"cannot keep {target.name} in the weights folder {target.parent}: {error.strerror or error}"
         remedy = "Give a folder that you can write to and that has about 1 GB free: --cache_dir DIR"
         raise DownloadError(f"{problem}. {remedy}") from error
+
+
+def fetch_from_hub(name: str, download: bool = True) -> Path:
+    """The weights of ``hf-hub:org/name``, or ``hf-hub:org/name/file``, with the configuration beside them.
+
+    ``@revision`` may follow.
+
+    They lie in Hugging Face's own cache, under HF_HOME; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean
+    there. download: False takes them from the cache only, and a path that does not exist says that they are not there.
+    DownloadError when they can be neither found nor fetched.
+    """
+    from huggingface_hub import hf_hub_download  # here, as it takes a third of a second
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    place, _, revision = name.removeprefix(HUB).partition("@")
+    repository, own = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
+    weights = (own,) if own else HUB_FILES
+    where: dict[str, Any] = {"revision": revision or None, "local_files_only": not download}
+    reason: Exception | None = None
+    for files in (CONFIGS, weights):  # the configuration first: with it the file tells how to read it
+        for file in files:
+            try:
+                found = Path(hf_hub_download(repository, file, **where))
+                if files is weights:
+                    return found
+            except EntryNotFoundError as error:  # not in the repository, or neither in the cache nor to be reached
+                reason = error
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise DownloadError(f"--pretrained_clip_name {name}: {str(error).splitlines()[0]}") from error
+    if not download:
+        return Path(name) / weights[0]
+    by_hand = f"Without a connection, run `hf download {repository}` on another machine and copy its cache (HF_HOME)"
+    raise DownloadError(
+        f"--pretrained_clip_name {name}: none of {', '.join(weights)} in the cache or to be fetched "
+        f"({str(reason).splitlines()[0]}). {by_hand}"
+    ) from reason

@@ -58,11 +58,13 @@ HF_PARTS = {  # what stands in a name of transformers -> in OpenAI's
 HF_QKV = re.compile(r"(.+\.attn)\.([qkv])_proj\.(weight|bias)")
 LAYER_SCALE = re.compile(r"\.(?:ls_?\d|layer_?scale\w*)(?:\.|$)")
 PLAIN_CLIP = "clip"
+# LongCLIP has two tables: of the first one it reads the first positions, of the second the others.
+LONG_TABLE, KEPT_POSITIONS = "positional_embedding_res", 20
 
 
 class NamedTensors(NamedTuple):
     tensors: dict[str, Tensor]  # float32 (or integer) under canonical names
-    naming: str  # "openai", "open_clip" or "hugging_face"
+    naming: str  # "openai", "open_clip" or "hugging_face"; an encoder's name for names of its own
     prefixed: bool  # the file itself had the `clip.` prefix
     has_integers: bool  # it had OpenAI's three integer tensors
     encoder: str  # the name of the encoder that it holds
@@ -106,13 +108,18 @@ def _is_around(prefix: str, tensors: Mapping[str, Tensor]) -> bool:
     return inner.isdisjoint(tensors) and any(name.startswith((*CLIP_STARTS, *OUTER_PREFIXES)) for name in inner)
 
 
-def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ()) -> NamedTensors:
+def canonical_names(
+    tensors: Mapping[str, Tensor], encoders: Sequence[Any] = (), held: str | None = None
+) -> NamedTensors:
     """Recognise the naming of a state dict and rename it.
 
     encoders: what it may hold besides a plain CLIP, told by `own_parts` and `renamed`. CheckpointError for the rest.
+    held: which of them it holds, where something beside the file says so; one with ``own_names`` keeps its names.
     """
     prefixed = any(key.startswith(CLIP_PREFIX) for key in tensors)
     towers, heads = split_towers(tensors) if prefixed else (tensors, {})
+    if any(known.name == held and known.own_names for known in encoders):
+        return NamedTensors(_canonical(_weights(towers), _weights(heads)), held, prefixed, False, held, None)
     for starts, what in REFUSED.items():
         if any(key.startswith(starts) for key in towers):
             raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
@@ -120,9 +127,7 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
         what = f"a CLIP with LayerScale, {len(scaled)} factors such as {min(scaled)}, which OpenAI's towers do not have"
         raise CheckpointError(f"it is {what}. Only CLIP's own ViT and text towers are built here.")
     has_integers = towers.keys() >= OPENAI_INTEGERS
-    towers = {
-        key: value for key, value in towers.items() if key.rpartition(".")[2] not in OPENAI_INTEGERS | NOT_WEIGHTS
-    }
+    towers = _weights(towers)
     naming = "openai"
     if any(key.startswith(("vision_model.", "text_model.")) for key in towers):
         naming, towers = "hugging_face", _from_hugging_face(towers)
@@ -133,6 +138,9 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
         if any(key.startswith(known.own_parts) or key in known.renamed.values() for key in towers):
             encoder, renamed, activation = known.name, known.renamed, known.trained_with
             break
+    if LONG_TABLE in towers:
+        rest = towers.pop(LONG_TABLE)[KEPT_POSITIONS:]
+        towers["positional_embedding"] = torch.cat([towers["positional_embedding"][:KEPT_POSITIONS], rest])
     missing = [key for key in ALWAYS_PRESENT if key not in towers and renamed.get(key, key) not in towers]
     if len(missing) > len(ALWAYS_PRESENT) // 2:
         what = f"{len(tensors)} tensors of something other than a CLIP model (such as {', '.join(list(tensors)[:4])})"
@@ -145,9 +153,16 @@ def canonical_names(tensors: Mapping[str, Tensor], encoders: Sequence[Any] = ())
         own = tuple(part for known in encoders for part in (*known.own_parts, *known.renamed.values()))
         starts = ("visual.", "transformer.resblocks.", "ln_final.", *own)
         heads = {k: towers.pop(k) for k in list(towers) if not k.startswith(starts) and k not in ALWAYS_PRESENT}
-    canonical = {CLIP_PREFIX + key: value for key, value in towers.items()} | heads
-    plain = {k: owned(v.float() if v.is_floating_point() else v) for k, v in canonical.items()}
-    return NamedTensors(plain, naming, prefixed, has_integers, encoder, activation)
+    return NamedTensors(_canonical(towers, heads), naming, prefixed, has_integers, encoder, activation)
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in OPENAI_INTEGERS | NOT_WEIGHTS}
+
+
+def _canonical(towers: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {**{CLIP_PREFIX + key: value for key, value in towers.items()}, **heads}
+    return {k: owned(v.float() if v.is_floating_point() else v) for k, v in named.items()}
 
 
 def owned(tensor: Tensor) -> Tensor:

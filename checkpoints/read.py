@@ -5,7 +5,7 @@ No module is built here: tensors go from dict to dict, under CLIP4Clip's names (
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Checkpoint:
     activation_reason: str
     encoder: str  # the name of the encoder that the file holds
     beside: Beside = Beside()  # what stands beside the file and it does not show
+    told: dict[str, Any] = field(default_factory=dict)  # sizes of the encoder that stand beside the file
 
 
 def read_checkpoint(
@@ -64,19 +65,22 @@ def read_checkpoint(
         remedy = "give it as --resume_model, or for weights the pytorch_model.bin beside it"
         raise CheckpointError(f"{path} is the state of a training run: {remedy}")
     try:
-        named = canonical_names(unwrap(raw.content), encoders)
+        sidecar = read_sidecar(path) if sidecar is None else sidecar
+        spec = (sidecar or {}).get("encoder") or {}
+        named = canonical_names(unwrap(raw.content), encoders, spec.get("name"))
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
-    sidecar = read_sidecar(path) if sidecar is None else sidecar
     check_numbers(named.tensors, path)
     beside = Beside() if alone else _beside(path, raw, named, sidecar)
     activation, reason = _activation(path, raw, named, sidecar)
-    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {NAMINGS[named.naming]}"
+    naming = NAMINGS.get(named.naming, f"under the names of --encoder {named.naming}")
+    kind = f"{'retrieval model with a CLIP' if named.prefixed else 'CLIP'}, {naming}"
     if raw.container == "torchscript":
         kind = "TorchScript archive of a CLIP, as OpenAI releases them"
     if n_heads := sum(not key.startswith(CLIP_PREFIX) for key in named.tensors):
         kind += f", {n_heads} tensors of heads"
-    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder, beside)
+    told = spec.get("sizes") or ({"vision_heads": beside.image_heads} if beside.image_heads else {})
+    return Checkpoint(path, named.tensors, kind, activation, reason, named.encoder, beside, told)
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -219,18 +223,16 @@ def _activation_in_config(config: dict, path: Path) -> tuple[str, str]:
         key, text, vision = "hidden_act", config.get("text_config") or {}, config.get("vision_config") or {}
         found = {part.get(key, "quick_gelu") for part in (text, vision)}
         text_head = text.get("hidden_size", 512) / text.get("num_attention_heads", 8)
-        image_head = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
     else:
         config = config.get("model_cfg") or config
         key, text, vision = "quick_gelu", config.get("text_cfg") or {}, config.get("vision_cfg") or {}
         found = {"quick_gelu" if config.get(key, False) else "gelu"}
-        text_head, image_head = text.get("width", 512) / text.get("heads", 8), vision.get("head_width", HEAD_WIDTH)
+        text_head = text.get("width", 512) / text.get("heads", 8)
         for part, option, usual in OPEN_CLIP_USUAL:
             if (config.get(part) or {}).get(option, usual) != usual:
                 raise CheckpointError(f"{path}: {part}.{option} differs from OpenAI's towers, the only ones built here")
-    for tower, width in (("text", text_head), ("image", image_head)):
-        if width != HEAD_WIDTH:
-            raise CheckpointError(f"{path}: the {tower} tower's heads are {width:g} wide; {HEAD_WIDTH} is built here")
+    if text_head != HEAD_WIDTH:
+        raise CheckpointError(f"{path}: the text tower's heads are {text_head:g} wide; {HEAD_WIDTH} is built here")
     if len(found) > 1 or not found <= set(ACTIVATIONS):
         shown = " and ".join(sorted(map(str, found)))
         raise CheckpointError(f"{path}: {key} is {shown}; built here is quick_gelu in both towers or gelu in both")

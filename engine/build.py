@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.download import OPENAI_CLIP, fetch_clip
+from checkpoints.download import HUB, OPENAI_CLIP, fetch_clip, fetch_from_hub
 from checkpoints.names import CLIP_PREFIX, PLAIN_CLIP, merge, parameter_name, split_towers
 from checkpoints.read import Checkpoint, CheckpointError, load_strict, read_checkpoint, read_sidecar, weight_file
 from engine.compat import COMPAT
@@ -36,18 +36,19 @@ class Weights:
     """The file that a run starts from: resolved once, with what stands beside it.
 
     flag: the one that names it. clip: of --mergeclip, the CLIP that it is averaged with. by_name: it is OpenAI's, and
-    nothing else in its folder is of it.
+    nothing else in its folder is of it. known: what its encoder knows of a file from elsewhere, in place of a sidecar.
     """
 
     flag: str
     path: Path
     clip: "Weights | None" = None
     by_name: bool = False
+    known: Mapping[str, Any] | None = None
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
         """What this project wrote beside the file; empty where there is nothing."""
-        return (read_sidecar(self.path) or {}) if self.path.exists() else {}
+        return dict(self.known or (read_sidecar(self.path) if self.path.exists() else {}) or {})
 
     def read(self) -> Checkpoint:
         """The tensors. Raises CheckpointError."""
@@ -76,10 +77,20 @@ def find_weights(options: Options, download: bool = True) -> Weights:
 
 def find_clip(options: Options, download: bool) -> Weights:
     """The CLIP of --pretrained_clip_name: a name to fetch, or a path. Raises CheckpointError, DownloadError."""
-    flag, name = "pretrained_clip_name", options.model.pretrained_clip_name
+    flag, name, own = "pretrained_clip_name", options.model.pretrained_clip_name, options.own["encoder"]
+
+    def fetch(name: str) -> Path:
+        return fetch_from_hub(name, download) if name.startswith(HUB) else existing(flag, Path(name))
+
+    if found := ENCODERS[options.model.encoder].find(name, own, fetch):
+        return Weights(flag, found[0], known=found[1])
+    if name.startswith(HUB):
+        return Weights(flag, fetch(name))
     if name not in OPENAI_CLIP:
         return Weights(flag, existing(flag, Path(name), f", and not one of the names {', '.join(OPENAI_CLIP)}"))
-    check_head(options, OPENAI_SIZES[name])
+    # The flag may stretch them.
+    length = getattr(own, "context_length", None) or OPENAI_SIZES[name].context_length
+    check_head(options, replace(OPENAI_SIZES[name], context_length=length))
     folder = options.model.cache_dir.expanduser()
     path = fetch_clip(name, folder) if download else folder / OPENAI_CLIP[name][0]
     return Weights(flag, path, by_name=True)
@@ -118,6 +129,8 @@ def build_model(options: Options, weights: Weights) -> VideoTextModel:
     try:
         encoder, towers, new = build_encoder(options, weights, checkpoint, conventions)
         head = build_head(options, encoder.head_sizes, conventions, weights.sidecar, rest)
+        if head.takes_tokens and encoder.no_tokens:
+            raise ValueError(f"--interaction {model.interaction} compares words with frames, and {encoder.no_tokens}")
     except ValueError as error:
         raise CheckpointError(f"{weights.path}: {error}") from error
     check_max_words(options, encoder.head_sizes.context_length)
@@ -165,8 +178,16 @@ def build_encoder(
         towers = merge(towers, clip, merge_weight, kept)
         log.info("--mergeclip: %g x CLIP + %g x %s; kept %s*", merge_weight, 1 - merge_weight, path, "*, ".join(kept))
     activation = choose_activation(options.model.activation, checkpoint)
-    encoder = chosen(chosen.sizes_of(towers, own), activation, own, conventions)
-    take_over(encoder, checkpoint, other)
+    encoder = chosen(chosen.sizes_of(towers, own, checkpoint.told), activation, own, conventions)
+    if not chosen.own_names:  # such an encoder has in its sizes what stands beside its weights
+        side = encoder.image.size
+        if getattr(own, "image_size", None):
+            side = chosen.sizes_of(towers, replace(own, image_size=None), checkpoint.told).image_resolution
+        take_over(encoder, side, checkpoint, other)
+    before, towers = towers, encoder.fitted(towers)
+    for name in before.keys() & towers.keys():
+        if (was := list(before[name].shape)) != (now := list(towers[name].shape)):
+            log.info("clip.%s: %s in the file, %s here: interpolated (--image_size, --context_length)", name, was, now)
     start = missing_own_parts(encoder, found)
     if start and options.model.finetuned_path:
         asked = [f"--{name} {getattr(own, name)}" for name in chosen.spec_options] or [chosen.chosen_by]
@@ -191,13 +212,13 @@ def encoder_options(options: Options, sidecar: Mapping[str, Any]) -> Any:
     return own
 
 
-def take_over(encoder: Encoder, checkpoint: Checkpoint, merged: Checkpoint | None) -> None:
-    """What stands beside the weights counts from here on.
+def take_over(encoder: Encoder, side: int, checkpoint: Checkpoint, merged: Checkpoint | None) -> None:
+    """What stands beside the weights counts from here on. side: of the images that they are for, in pixels.
 
     Raises CheckpointError where it names another image side than the weights have, and for weights to be `merged` whose
     pictures are prepared otherwise.
     """
-    side, beside = encoder.image.size, checkpoint.beside
+    beside = checkpoint.beside
     for source in [checkpoint] + ([merged] if merged else []):
         for key, told in source.beside.sides:
             if told != side:
@@ -299,7 +320,10 @@ def tensors_of_head(
         raise CheckpointError(f"{path} holds no weights for {without}; give the options it was trained with")
     log.info("%s has no %s*: they start from CLIP's tensors where those fit, else at random", path, names)
     start = {**head.state_dict(), **loss.state_dict()}
-    start = {parameter_name(key): value for key, value in start.items()} | head.init_from_clip(towers)
+    start = {parameter_name(key): value for key, value in start.items()}
+    if of_text := model.clip.text_blocks(towers):
+        derived = head.init_from_clip(of_text).items()
+        start |= {key: value for key, value in derived if key in start and value.shape == start[key].shape}
     return kept | {key: value.clone() for key, value in start.items() if key.startswith(added)}
 
 

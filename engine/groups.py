@@ -75,7 +75,7 @@ class ModelOptions:
     """Which weights, encoder, head and loss."""
 
     pretrained_clip_name: str = flag(
-        "ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, or the path of CLIP weights", on_resume="free"
+        "ViT-B/32", "ViT-B/32, ViT-B/16, ViT-L/14, a path of CLIP weights, or hf-hub:org/name", on_resume="free"
     )
     cache_dir: Path = flag(Path("~/.cache/clip"), "where downloaded CLIP weights are kept", type=Path)
     init_model: Path | None = flag(None, "retrieval checkpoint to start training from", type=Path)

@@ -148,6 +148,14 @@ def resolve(given: Mapping[str, Any]) -> Options:
     return options
 
 
+def follow(options: Options, spec: Mapping[str, Any]) -> Options:
+    """`options` with the encoder of a sidecar's `spec`, where no flag chose one. Raises ValueError."""
+    name, chosen = spec.get("name", options.model.encoder), options.model.encoder
+    if name == chosen or name not in ENCODERS or "encoder" in options.given or chosen != ModelOptions.encoder:
+        return options
+    return resolve({flag: options.values[flag] for flag in options.given} | spec.get("options", {}) | {"encoder": name})
+
+
 def choose(registry: Registry[Any], values: Mapping[str, Any], named: Mapping[str, Any]) -> str:
     """The name of the plug-in: the one asked for, or the one whose flag chooses it. Raises ValueError."""
     name = values[registry.flag]
@@ -202,6 +210,7 @@ def check_model(options: Options) -> None:
     if problem := LOSSES[model.loss].refuses(options.own["loss"], head, model.interaction):
         raise ValueError(problem)
     encoder = ENCODERS[model.encoder]
+    encoder.check_installed()
     if options.run.precision == "half" and not encoder.has_half:
         raise ValueError(f"--precision half is for a plain CLIP, as in CLIP4Clip; {encoder.title} is trained in fp32")
     merging = encoder.merge_weight(options.own["encoder"]) is not None

@@ -25,7 +25,6 @@ from modules.encoders.base import frame_places
 from modules.model import Gather, VideoTextModel
 from modules.optim import BertAdam, parameter_groups
 from modules.representation import as_parts, concat, each, pad_to
-from modules.transformer import Transformer
 
 # All blocks share one function, which torch counts its graphs by: towers and head, of fixed and of varying sizes, with
 # and without gradients make more than the 8 that it allows.
@@ -66,7 +65,7 @@ def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool,
             raise ValueError(f"{told}: install {names[0]}, or leave it out")
         torch._dynamo.config.recompile_limit = GRAPHS
     for module in model.modules():
-        if isinstance(module, Transformer):
+        if hasattr(module, "checkpointing"):
             module.checkpointing = grad_checkpointing
         if compile_blocks and getattr(module, "is_block", False):
             module.compile()

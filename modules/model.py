@@ -32,6 +32,8 @@ class VideoTextModel(nn.Module):
         # A parameter without a gradient must not count as trainable: it stops DistributedDataParallel.
         unused = encoder.without_gradient(head.takes_tokens, head.takes_whole_video)
         unused += () if head.scaled else ("logit_scale",)
+        unused += () if self.criterion.reads_bias else ("logit_bias",)
+        self.criterion.attach(encoder)
         for name, parameter in encoder.named_parameters():
             if name.startswith(unused):
                 parameter.requires_grad_(False)
@@ -136,12 +138,12 @@ class VideoTextModel(nn.Module):
             texts, videos = gather(text), gather(video)
             logits = (self.scale() * self.head.similarity(texts if self.head.separable else text, videos)).float()
             logits = logits if self.head.separable else gather(logits)
-            return self.criterion(Pairs(logits, texts, videos, self.head, generator))
+            return self.criterion(Pairs(logits, texts, videos, self.head, generator, self.clip.logit_bias))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step."""
-        self.clip.logit_scale.clamp_(max=math.log(100))
+        """Keep the scale at most 100, as CLIP and CLIP4Clip do after every step, or what the encoder's may be."""
+        self.clip.logit_scale.clamp_(max=math.log(self.clip.largest_scale))
 
 
 def pair_blocks(n: int, v: int, pairs: int) -> list[tuple[slice, slice]]:

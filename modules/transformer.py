@@ -48,8 +48,10 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def mlp(width: int, activation: str) -> nn.Sequential:
-    wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+def mlp(width: int, activation: str, hidden: int | None = None) -> nn.Sequential:
+    """hidden: channels between the two layers; None: 4 x width."""
+    hidden = hidden or 4 * width
+    wide, narrow = nn.Linear(width, hidden), nn.Linear(hidden, width)
     return nn.Sequential(OrderedDict(c_fc=wide, gelu=ACTIVATIONS[activation](), c_proj=narrow))
 
 
@@ -58,12 +60,12 @@ class Block(nn.Module):
 
     is_block = True  # --compile compiles each of them
 
-    def __init__(self, width: int, heads: int, activation: str, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, heads: int, activation: str, eps: float = 1e-5, hidden: int | None = None) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = mlp(width, activation)
+        self.mlp = mlp(width, activation, hidden)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, causal)
@@ -78,9 +80,11 @@ class Transformer(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, width: int, layers: int, heads: int, activation: str, eps: float = 1e-5) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, activation: str, eps: float = 1e-5, hidden: int | None = None
+    ) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation, eps) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation, eps, hidden) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         for block in self.resblocks:

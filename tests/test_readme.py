@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip_models import save_tiny
 from repository_copy import ROOT, copy_repository, run_in
 
 from modules.encoders.clip import ClipSizes
@@ -32,6 +33,8 @@ SIZES = ClipSizes(
 )
 # What the sample is too small for, or this machine: text of a page -> text that is run.
 SMALLER = {
+    "hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "weights/clip.pt",
+    "ViT-B-16-SigLIP --open_clip_weights webli": "weights/open_clip",
     "ViT-B/32": "weights/clip.pt",
     "--batch_size=128": "--batch_size=250",
     "--batch_size 128": "--batch_size 24 --epochs 1 --device cpu",
@@ -77,6 +80,7 @@ def home(sample_all, tmp_path_factory) -> Path:
     video_tower = VideoCLIP(VideoClipSizes(**vars(SIZES), read_after=(0,)), "quick_gelu")
     tensors = {f"clip.{name}": value for name, value in video_tower.state_dict().items()}
     torch.save(tensors, folder / "weights" / "InternVideo-MM-L-14.ckpt")
+    save_tiny("ViT-B-32", folder / "weights" / "open_clip", init_logit_bias=-10)
     return folder
 
 
@@ -89,6 +93,7 @@ def test_every_command_of_a_page_runs(page, home):
     for folder, count in {
         "README.md": [("msrvtt_meanP", 12), ("msrvtt_meanP_eval", 12), ("msvd", 12)],
         "docs/heads.md": [("msvd_zero_shot", 12)],
+        "docs/encoders.md": [("msvd_siglip", 12), ("msvd_siglip_tuned_eval", 12)],
         "docs/training.md": [("msvd_meanP", 12)],
         "docs/scripts.md": [("msvd", 12), ("msvd_rerun", 12)],
     }.get(page, []):

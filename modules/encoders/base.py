@@ -5,12 +5,13 @@ Letters: N captions, V videos, L tokens, T frames, D embedding width, S image si
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plugins import NoOptions, Registry
+from plugins import NoOptions, Registry, flag
 
 ENCODERS: Registry[type["Encoder"]] = Registry("encoder", "encoder")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -90,10 +91,25 @@ class Slots:
         return rows.unflatten(0, self.keep.shape)
 
 
+@dataclass(frozen=True)
+class ShapeOptions:
+    """For encoders that can take pictures and texts of another size than they were trained with."""
+
+    image_size: int | None = flag(
+        None, "side of the frames in pixels; another one than the weights': positions are interpolated", type=int
+    )
+    context_length: int | None = flag(
+        None,
+        "stretch the text positions to so many tokens, as LongCLIP does (77 to 248), for longer --max_words",
+        type=int,
+    )
+
+
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
     Its parameters, a scalar `logit_scale` among them, are ``clip.`` + their names in checkpoints: OpenAI's for CLIP's.
+    `logit_bias`, a scalar or None, is what a loss of single pairs adds to the scaled similarities.
     """
 
     Options: type = NoOptions
@@ -105,6 +121,9 @@ class Encoder(nn.Module):
     has_half = False  # whether `to_half()` puts into float16 what the source project keeps in it (--precision half)
     trained_with: str | None = None  # the activation of all files of this encoder's own, where there is but one
     spec_options: tuple[str, ...] = ()  # the options that decide what is built
+    own_names = False  # whether its files have names of their own, which stay; a sidecar tells such a file
+    no_tokens: str | None = None  # why `encode_text` has no tokens of the words, in words for the user
+    largest_scale = 100.0  # of the similarities, in training
     # How names of parameters begin that only this encoder has: a file with such names is one of this encoder's, and a
     # file with none starts them at `start_values`, else as a new model has them.
     own_parts: tuple[str, ...] = ()
@@ -113,6 +132,7 @@ class Encoder(nn.Module):
 
     def __init__(self, sizes: Any, activation: str, options: Any, conventions: Conventions = RIGHT) -> None:
         super().__init__()
+        self.register_parameter("logit_bias", None)
         self.sizes, self.activation, self.options, self.conventions = sizes, activation, options, conventions
         self._as_built = self.image
         self.take_over({})
@@ -137,8 +157,11 @@ class Encoder(nn.Module):
         return {k: self.spec[k] for k in ("image", "norm_eps")} if eps or self.image != self._as_built else {}
 
     @classmethod
-    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any) -> Any:
-        """From `tensors` of :meth:`adapted`. Raises ValueError for shapes and parts that it has not with `options`."""
+    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any, told: Mapping[str, Any] | None = None) -> Any:
+        """From `tensors` of :meth:`adapted`, and what is `told` beside them: some fields of the sizes.
+
+        Raises ValueError for shapes and parts that it has not with `options`.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -152,6 +175,20 @@ class Encoder(nn.Module):
     @classmethod
     def own_weights(cls, options: Any) -> tuple[str, Any] | None:
         """(flag, path) of weights of this encoder's own that a run starts from, in place of --pretrained_clip_name."""
+        return None
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raises ValueError with the command that installs what this encoder needs and is not there."""
+
+    @classmethod
+    def find(cls, name: str, options: Any, fetch: Callable[[str], Path]) -> tuple[Path, dict[str, Any]] | None:
+        """Weights by names of this encoder's own: the file, and what a sidecar would say of it.
+
+        None: --pretrained_clip_name is one of CLIP's names, or a path. fetch: a folder, or ``hf-hub:org/name`` with or
+        without a file's name behind it -> the file, which is not there in a dry run that would have to download it.
+        Raises ValueError for a name, or weights, that do not exist.
+        """
         return None
 
     @classmethod
@@ -184,6 +221,14 @@ class Encoder(nn.Module):
             "norm_eps": self.norm_eps and list(self.norm_eps),
             "options": {name: getattr(self.options, name) for name in self.spec_options},
         }
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` of :meth:`adapted` in the shapes of this encoder: positions of another size interpolated."""
+        return dict(tensors)
+
+    def text_blocks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The text transformer among `tensors` under CLIP's names, for heads that start from it; empty without one."""
+        return dict(tensors)
 
     def start_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Start of own parts that follows from `tensors` without them; what is left out starts as built."""

@@ -6,23 +6,23 @@ Parameters carry the names of OpenAI's release, so a released state dict loads a
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.encoders.base import RIGHT, Conventions, Encoder, ImageInput, Sizes, register
+from modules.encoders.base import RIGHT, Conventions, Encoder, ImageInput, ShapeOptions, Sizes, register
 from modules.tokenizer import Tokenizer
 from modules.transformer import ACTIVATIONS, Transformer
 from plugins import flag
 
 HEAD_WIDTH = 64  # of every attention head of OpenAI's models
-MLP_RATIO = 4  # width of their MLPs by that of the tower
-WIDEST_IMAGE_TOWER = 1024  # of ViT-L: wider towers of open_clip have heads of other widths
+WIDEST_IMAGE_TOWER = 1024  # of ViT-L: wider towers have heads of other widths
 STEM = re.compile(r"(?:visual\.)?(?:(?:token|class|positional)_embedding|conv1|ln_pre)(?:\.|$)")
-LETTERS = {768: "B", 1024: "L"}  # width of a ViT -> how it is called
+LETTERS = {768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # width of a ViT -> how it is called
+KEPT_POSITIONS = 20  # of a text, which LongCLIP does not stretch: most captions that CLIP saw were shorter
 BLOCK = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.")
 
 
@@ -41,6 +41,8 @@ class ClipSizes:
     text_heads: int
     text_layers: int
     vision_heads: int
+    vision_mlp: int | None = field(default=None, kw_only=True)  # channels within the MLPs; None: 4 x width
+    text_mlp: int | None = field(default=None, kw_only=True)
 
 
 class ImageTower(nn.Module):
@@ -60,7 +62,8 @@ class ImageTower(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, sizes.vision_layers, sizes.vision_heads, activation)
+        layers, heads = sizes.vision_layers, sizes.vision_heads
+        self.transformer = Transformer(width, layers, heads, activation, hidden=sizes.vision_mlp)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, sizes.embed_dim))
 
@@ -85,7 +88,14 @@ class ImageTower(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClipOptions:
+class ViTOptions(ShapeOptions):
+    image_heads: int | None = flag(
+        None, "attention heads of the image tower, where neither weights nor a file beside them tell", type=int
+    )
+
+
+@dataclass(frozen=True)
+class ClipOptions(ViTOptions):
     linear_patch: str = flag("2d", "patches span one frame (2d) or three in a row (3d)", choices=("2d", "3d"))
 
 
@@ -108,7 +118,8 @@ class CLIP(Encoder):
         self.image = ImageInput(sizes.image_resolution)
         super().__init__(sizes, activation, options or self.Options(), conventions)
         self.build_image_tower()
-        self.transformer = Transformer(sizes.text_width, sizes.text_layers, sizes.text_heads, activation)
+        width, layers, heads = sizes.text_width, sizes.text_layers, sizes.text_heads
+        self.transformer = Transformer(width, layers, heads, activation, hidden=sizes.text_mlp)
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(sizes.context_length, sizes.text_width))
         self.ln_final = nn.LayerNorm(sizes.text_width)
@@ -120,14 +131,17 @@ class CLIP(Encoder):
         self.visual = ImageTower(self.sizes, self.activation, self.options.linear_patch == "3d")
 
     @classmethod
-    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any = None) -> ClipSizes:
+    def sizes_of(
+        cls, tensors: Mapping[str, Tensor], options: Any = None, told: Mapping[str, Any] | None = None
+    ) -> ClipSizes:
         """Raises ValueError for shapes that are not a ViT CLIP's.
 
-        Heads are not visible in the weights: OpenAI's models have one per 64 channels.
+        Image heads are not visible in the weights: `options` or `told` say them, else OpenAI's models have one per 64
+        channels. ``--image_size`` and ``--context_length`` win over the weights' own sizes; see :meth:`fitted`.
         """
-        if options is not None and options.linear_patch == "2d" and "visual.conv2.weight" in tensors:
+        if getattr(options, "linear_patch", None) == "2d" and "visual.conv2.weight" in tensors:
             raise ValueError("clip.visual.conv2.weight has no place with --linear_patch 2d; give --linear_patch 3d")
-        conv = tensors["visual.conv1.weight"]
+        options, conv = options or cls.Options(), tensors["visual.conv1.weight"]
         if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
             raise ValueError(f"clip.visual.conv1.weight has shape {list(conv.shape)}: not square image patches")
         width, patch = conv.shape[0], conv.shape[-1]
@@ -136,34 +150,32 @@ class CLIP(Encoder):
         if side * side != rows:
             raise ValueError(f"clip.visual.positional_embedding has {rows} patch positions, not a square number")
         text_width = len(tensors["ln_final.weight"])
-        for tower, size in (("image", width), ("text", text_width)):
-            if size % HEAD_WIDTH:
-                raise ValueError(f"the {tower} tower is {size} wide, not a multiple of {HEAD_WIDTH} (one head)")
-        if width > WIDEST_IMAGE_TOWER:
-            raise ValueError(
-                f"the image tower is {width} wide. Models wider than ViT-L ({WIDEST_IMAGE_TOWER}) have heads of other "
-                f"widths than {HEAD_WIDTH}, which weights do not show, and are not built here."
-            )
-        for tower, prefix, size in (("image", "visual.", width), ("text", "", text_width)):
-            mlp = tensors.get(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")
-            if mlp is not None and len(mlp) != MLP_RATIO * size:
-                ratio = f"the {tower} tower's MLPs are {len(mlp) / size:g} times as wide as the tower (its MLP ratio)"
-                raise ValueError(f"{ratio}; in OpenAI's models it is {MLP_RATIO}, as built here")
+        if text_width % HEAD_WIDTH:
+            raise ValueError(f"the text tower is {text_width} wide, not a multiple of {HEAD_WIDTH} (one head)")
         blocks = {match[0] for match in map(BLOCK.match, tensors) if match}
         vision_layers = sum(block.startswith("visual.") for block in blocks)
         return ClipSizes(
             embed_dim=tensors["text_projection"].shape[1],
-            image_resolution=patch * side,
+            image_resolution=image_side(patch * side, patch, options.image_size),
             vision_layers=vision_layers,
             vision_width=width,
             patch_size=patch,
-            context_length=len(tensors["positional_embedding"]),
+            context_length=text_length(len(tensors["positional_embedding"]), options.context_length),
             vocab_size=len(tensors["token_embedding.weight"]),
             text_width=text_width,
             text_heads=text_width // HEAD_WIDTH,
             text_layers=len(blocks) - vision_layers,
-            vision_heads=width // HEAD_WIDTH,
+            vision_heads=image_heads(width, options.image_heads or (told or {}).get("vision_heads")),
+            vision_mlp=mlp_width(tensors, "visual.transformer.", width),
+            text_mlp=mlp_width(tensors, "transformer.", text_width),
         )
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions for ``--image_size`` interpolated, for ``--context_length`` stretched."""
+        images, texts = tensors["visual.positional_embedding"], tensors["positional_embedding"]
+        grid = self.sizes.image_resolution // self.sizes.patch_size
+        positions = {"visual.positional_embedding": interpolated(images, grid)}
+        return {**tensors, **positions, "positional_embedding": stretched(texts, self.sizes.context_length)}
 
     @property
     def tower(self) -> str:
@@ -246,3 +258,60 @@ class CLIP(Encoder):
     @property
     def blocks(self) -> int:
         return max(self.sizes.vision_layers, self.sizes.text_layers)
+
+
+def image_side(own: int, patch: int, wanted: int | None) -> int:
+    """Raises ValueError for a side that is no whole number of patches."""
+    if wanted is not None and (wanted < patch or wanted % patch):
+        raise ValueError(f"--image_size must be a multiple of the patches' {patch} pixels, got {wanted}")
+    return wanted or own
+
+
+def text_length(own: int, wanted: int | None) -> int:
+    """Raises ValueError for fewer tokens than the weights have."""
+    if wanted is not None and (wanted < own or own < KEPT_POSITIONS + 2):
+        raise ValueError(f"--context_length must be at least the {own} tokens of these weights, got {wanted}")
+    return wanted or own
+
+
+def image_heads(width: int, told: int | None) -> int:
+    """How many heads an image tower has. Raises ValueError where nobody says, or for a number that cannot be."""
+    if told is None and width > WIDEST_IMAGE_TOWER:
+        raise ValueError(
+            f"the image tower is {width} wide, and weights do not show its attention heads: give --image_heads (16 in "
+            "ViT-H/14, ViT-g/14 and ViT-bigG/14), or put the model's open_clip_config.json or config.json beside them"
+        )
+    heads = told or width // HEAD_WIDTH
+    if not heads or width % heads or (told is None and width % HEAD_WIDTH):
+        what = f"{told} heads do not divide it" if told else f"not a multiple of {HEAD_WIDTH} (one head)"
+        raise ValueError(f"the image tower is {width} wide, {what}; give --image_heads")
+    return heads
+
+
+def mlp_width(tensors: Mapping[str, Tensor], tower: str, width: int) -> int | None:
+    """None where it is the usual 4 x width."""
+    weight = tensors.get(f"{tower}resblocks.0.mlp.c_fc.weight")
+    return None if weight is None or len(weight) == 4 * width else len(weight)
+
+
+def interpolated(positions: Tensor, grid: int) -> Tensor:
+    """Positions [1 + g * g, W], CLS first, for a grid of `grid` x `grid` patches; bicubic, as in open_clip."""
+    cls, patches = positions[:1], positions[1:]
+    side = math.isqrt(len(patches))
+    if side == grid:
+        return positions
+    image = patches.T.reshape(1, -1, side, side)
+    image = F.interpolate(image, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([cls, image[0].flatten(1).T])
+
+
+def stretched(positions: Tensor, length: int) -> Tensor:
+    """Text positions [L, W] -> [length, W] as in LongCLIP (arXiv 2403.15378): the first 20 stay, the rest is stretched
+    linearly, and its last step goes on beyond the end. 77 become 248 in steps of a quarter.
+    """
+    if len(positions) == length:
+        return positions
+    rest, wanted = positions[KEPT_POSITIONS:], length - KEPT_POSITIONS
+    at = torch.arange(wanted) * (len(rest) / wanted)
+    low = at.long().clamp(max=len(rest) - 2)
+    return torch.cat([positions[:KEPT_POSITIONS], torch.lerp(rest[low], rest[low + 1], (at - low)[:, None])])

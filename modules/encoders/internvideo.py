@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.encoders.base import Slots, register
-from modules.encoders.clip import CLIP, ClipSizes
+from modules.encoders.clip import CLIP, ClipSizes, ViTOptions
 from modules.transformer import Attention, Transformer, mlp
 from plugins import flag, within
 
@@ -136,7 +136,7 @@ class VideoCLIP(CLIP):
     """CLIP whose image tower is InternVideo's video tower; the text tower is CLIP's."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(ViTOptions):
         clip_evl: bool = flag(False, "InternVideo's video tower instead of CLIP's image tower", chooses=True)
         pretrained_path: Path | None = flag(None, "InternVideo weights to start from", type=Path)
         mergeclip: bool = flag(False, "average --pretrained_path with the CLIP of --pretrained_clip_name")
@@ -163,12 +163,14 @@ class VideoCLIP(CLIP):
         self.text_mask_embedding = nn.Parameter(torch.zeros(1, 1, sizes.text_width), requires_grad=False)
 
     @classmethod
-    def sizes_of(cls, tensors: Mapping[str, Tensor], options: Any = None) -> VideoClipSizes:
+    def sizes_of(
+        cls, tensors: Mapping[str, Tensor], options: Any = None, told: Mapping[str, Any] | None = None
+    ) -> VideoClipSizes:
         """The decoders stand after the last blocks, one each: as many as the weights have, else (plain CLIP) four."""
         patches = tensors[PATCHES]
         if patches.ndim != 5 or patches.shape[2] != 1:
             raise ValueError(f"clip.{PATCHES} is {list(patches.shape)}, not that of a video tower, [width, 3, 1, p, p]")
-        plain = super().sizes_of({**tensors, PATCHES: patches.squeeze(2)})
+        plain = super().sizes_of({**tensors, PATCHES: patches.squeeze(2)}, options, told)
         layers = plain.vision_layers
         decoders = len({match[0] for match in map(DECODER.match, tensors) if match}) or min(USUAL_DECODERS, layers)
         if decoders > layers:
