@@ -117,6 +117,15 @@ def choose_precision(options: Options, world: World) -> Options:
     return replace(options, run=replace(options.run, precision=precision), values=values)
 
 
+def with_encoder_of(weights: Weights, options: Options, world: World) -> Options:
+    """The options, with the encoder that the weights' sidecar names where no flag chose one."""
+    followed = follow(options, weights.sidecar.get("encoder", {}))
+    if followed is options:
+        return options
+    log.info("--encoder %s, as %s was trained with", followed.model.encoder, weights.path)
+    return choose_precision(followed, world)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -135,10 +144,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     with main_first():  # a download is for one process
         weights = find_weights(options, download=not options.run.dry_run)
     check_folder(options, last, weights.files())
-    followed = follow(options, weights.sidecar.get("encoder", {}))
-    if followed is not options:
-        log.info("--encoder %s, as %s was trained with", followed.model.encoder, weights.path)
-        options = choose_precision(followed, world)
+    options = with_encoder_of(weights, options, world)
     data = load_run_data(options, weights, resumed)
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.

@@ -113,8 +113,8 @@ def of_open_clip(config: Mapping[str, Any], file: Path) -> Beside:
             norm.refuse(key, "no option of a LayerNorm but eps is built here")
         eps.append(norm.eps("eps"))
         if part == "vision_cfg":
-            width, head = tower.whole("width", 768), tower.whole("head_width", 64)
-            heads = width // head if tower.values else None
+            width, head = tower.whole("width"), tower.whole("head_width")
+            heads = (width or 768) // (head or 64) if width or head else None  # one of its defaults is left out
             told = told.completed(Beside(sides=tower.side("image_size"), image_heads=heads))
     return told.completed(Beside(norm_eps=(eps[0], eps[1]), files=(file.name,)))
 
@@ -141,7 +141,7 @@ def of_clip_config(config: Mapping[str, Any], file: Path) -> Beside:
     """Of transformers' config.json of a CLIPModel: image side, image heads and eps."""
     vision, text = (_Keys(config.get(part), file, part) for part in ("vision_config", "text_config"))
     eps = vision.eps("layer_norm_eps"), text.eps("layer_norm_eps")
-    heads = vision.whole("num_attention_heads", 12) if vision.values else None
+    heads = vision.whole("num_attention_heads")
     return Beside(norm_eps=eps, image_heads=heads, sides=vision.side("image_size"), files=(file.name,))
 
 
@@ -211,10 +211,10 @@ class _Keys:
             self.refuse(key, f"expected are three numbers in {max(low, 0):.0f}..{high:.0f}, for red, green and blue")
         return tuple(kind(x) for x in numbers)
 
-    def whole(self, key: str, default: int) -> int:
-        """A whole number above 0; both programs leave their default out."""
-        value = self.values.get(key, default)
-        if type(value) is not int or value < 1:
+    def whole(self, key: str) -> int | None:
+        """A whole number above 0."""
+        value = self.values.get(key)
+        if value is not None and (type(value) is not int or value < 1):
             self.refuse(key, "expected is a whole number above 0")
         return value
 

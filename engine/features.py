@@ -31,7 +31,7 @@ from engine.data import Loaders
 from engine.distributed import World, barrier
 from engine.options import Options
 from engine.progress import log, progress
-from modules.encoders.base import frame_places
+from modules.encoders.base import OF_THE_LOSS, frame_places
 from modules.model import VideoTextModel
 
 FORMAT = 1  # to be raised when the same options and weights come to give other features
@@ -86,7 +86,7 @@ def encoder_digest(model: VideoTextModel, about: Any) -> str:
     told = [FORMAT, torch.__version__, repr(about), clip.spec, repr(clip.image), repr(rules)]
     digest = hashlib.sha256(json.dumps([*told, f"{kind.__module__}.{kind.__qualname__}"], default=repr).encode())
     for name, value in sorted(clip.state_dict().items()):
-        if name != "logit_scale":
+        if name not in OF_THE_LOSS:
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:40]
@@ -94,7 +94,7 @@ def encoder_digest(model: VideoTextModel, about: Any) -> str:
 
 def towers_are_frozen(model: VideoTextModel) -> bool:
     """Whether training leaves every feature of the encoder as it is."""
-    return not any(p.requires_grad for name, p in model.clip.named_parameters() if name != "logit_scale")
+    return not any(p.requires_grad for name, p in model.clip.named_parameters() if name not in OF_THE_LOSS)
 
 
 def open_cache(model: VideoTextModel, options: Options, world: World) -> FeatureCache | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.encoders.base import Encoder
+from modules.encoders.base import OF_THE_LOSS, Encoder
 
 PORTION = 2**25  # numbers updated at once by BertAdam, which bounds its four temporary copies: 128 MiB each in float32
 
@@ -171,14 +171,14 @@ def freeze(encoder: Encoder, num_layers: int) -> list[str]:
 
     Frozen are the embeddings, positional tables, patch projection and first LayerNorm, and the first n blocks. The
     others, the last LayerNorms, the projections and the logit scale train. One more than there are blocks freezes both
-    towers as wholes; the logit scale is none of theirs. Returns the names that were frozen.
+    towers as wholes; scale and bias of the logits are none of theirs. Returns the names that were frozen.
     """
     every = encoder.blocks + 1
     if not -1 <= num_layers <= every:
         raise ValueError(f"--freeze_layer_num must be in -1..{every} for this CLIP, got {num_layers}")
     frozen = []
     for name, parameter in encoder.named_parameters():
-        depth = every if num_layers == every and name != "logit_scale" else encoder.depth(name)
+        depth = every if num_layers == every and name not in OF_THE_LOSS else encoder.depth(name)
         if depth is not None and depth <= num_layers:
             parameter.requires_grad_(False)
             frozen.append(name)

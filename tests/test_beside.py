@@ -195,7 +195,7 @@ def test_the_weights_decide_the_size(tmp_path, name, config, key):
     (tmp_path / name).write_text(json.dumps(config))
     found, encoder = read_checkpoint(tmp_path / "weights.pt"), CLIP(CLIP.sizes_of(tensors), "gelu")
     with pytest.raises(CheckpointError, match=rf"{name}: {key}, but .*weights.pt has positions for 24 x 24 pixels"):
-        take_over(encoder, found, None)
+        take_over(encoder, encoder.image.size, found, None)
 
 
 def test_the_eps_of_layernorms_is_that_of_the_configuration(tmp_path):
@@ -222,7 +222,7 @@ def test_the_eps_of_layernorms_is_that_of_the_configuration(tmp_path):
         return max((ours / ours.norm(dim=-1, keepdim=True) - features).abs().max().item() for ours, features in pairs)
 
     usual = distance()
-    take_over(encoder, found, None)
+    take_over(encoder, encoder.image.size, found, None)
     assert distance() < 1e-5
     assert usual > 1e-3
     assert encoder.spec["norm_eps"] == [0.2, 0.05]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_structure import ROOT
-from tiny_models import CASES, SIZES, batch, make_model, tiny_model
+from tiny_models import CASES, SIZES, batch, loss_of, make_model, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,7 @@ from engine.step import Shares, Trainer, trade
 from modules.encoders import ENCODERS
 from modules.encoders.base import Conventions, frame_places
 from modules.encoders.internvideo import VideoClipSizes
+from modules.encoders.open_clip import OpenClip, OpenClipSizes
 from modules.heads import HEADS, INTERACTIONS
 from modules.losses import LOSSES
 from modules.optim import BertAdam, parameter_groups
@@ -53,6 +54,17 @@ TRANSFERS = {
 }
 CPU_WORK = {"modules/model.py similarity aten.copy_.default": "evaluation: the matrix is put together there"}
 TEMPORAL = ("meanP", "seqLSTM", "seqTransf")
+# The library's own towers: those of timm and Hugging Face are theirs to keep from waiting.
+OPEN_CLIP = OpenClipSizes(
+    "tiny",
+    {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1},
+    },
+    {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+)
 CDCR = [(("meanP", kind, "2d"), n) for kind in ("no", *INTERACTIONS) for n in (1, 2, 3)]
 STEPS = [
     *((case, "bf16 pieces checkpoints", {}) for case in CASES),
@@ -60,6 +72,9 @@ STEPS = [
     *((case, how, {}) for case in CASES[:5] for how in ("bf16", "fp16 pieces", "fp32", "half")),
     *((case, "bf16", {"cdcr": n}) for case, n in CDCR),
     *((case, "fp32", {"read_padding": True, "source_frames": 6}) for case in CASES if case[2] == "evl"),
+    *((("meanP", "no", "open_clip"), how, {"loss": "sigmoid"}) for how in ("bf16", "fp16 pieces", "fp32 checkpoints")),
+    (("seqTransf", "wti", "open_clip"), "bf16", {}),
+    (("meanP", "no", "2d"), "bf16", {"loss": "sigmoid"}),
     *((("meanP", "wti", tower), "bf16", {"mask_padding": False, "source_words": 12}) for tower in ("2d", "evl")),
 ]
 
@@ -160,6 +175,8 @@ def loaded_batch() -> SimpleNamespace:
 def model_of(case: tuple[str, str, str], settings: dict) -> torch.nn.Module:
     """The models of tiny_models, in training mode, with any conventions."""
     sim_header, interaction, tower = case
+    if tower == "open_clip":
+        return make_model(OpenClip(OPEN_CLIP, "gelu"), sim_header, interaction, cross_num_hidden_layers=1, **settings)
     name, options = ("internvideo", {}) if tower == "evl" else ("clip", {"linear_patch": tower})
     shallow = replace(SIZES, vision_layers=1, text_layers=1)
     sizes = VideoClipSizes(**vars(shallow), read_after=(0,)) if tower == "evl" else shallow
@@ -229,11 +246,11 @@ def test_steps_on_fake_cuda_tensors(no_gpu_needed):
 
 
 def test_every_part_is_among_the_steps():
-    towers = {"internvideo" if case[2] == "evl" else "clip" for case, *_ in STEPS}
+    towers = {{"evl": "internvideo", "open_clip": "open_clip"}.get(case[2], "clip") for case, *_ in STEPS}
     assert set(ENCODERS) == towers
     assert set(HEADS) == {case[0] for case, *_ in STEPS}
     assert {"no", *INTERACTIONS} == {case[1] for case, *_ in STEPS}
-    assert set(LOSSES) == {"cdcr" if settings.get("cdcr") else "contrastive" for *_, settings in STEPS}
+    assert set(LOSSES) == {loss_of(settings) for *_, settings in STEPS}
 
 
 class WouldWait(TorchDispatchMode):
@@ -270,6 +287,15 @@ class Copies(TorchDispatchMode):
         ):
             self.numbers += out.numel()
         return out
+
+
+def test_open_clips_towers_do_not_wait_on_the_way_back():
+    arrays, draws = batch(), torch.Generator().manual_seed(0)
+    model, places = make_model(OpenClip(OPEN_CLIP, "gelu"), "meanP", loss="sigmoid").train(), frame_places(arrays[3])
+    with WouldWait():
+        model(*arrays, places, draws).backward()
+    assert model.clip.visual.positional_embedding.grad.abs().sum() > 0
+    assert model.clip.logit_bias.grad != 0
 
 
 def test_attention_copies_the_gradients_of_queries_keys_and_values_once():

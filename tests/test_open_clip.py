@@ -103,7 +103,7 @@ def test_pictures_of_real_frames(model, sample):
     if steps:
         images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
         assert (ours.int() - Compose(steps)(images).int()).abs().max() <= 1
-    with pytest.raises(ValueError, match="the mode of a resize must be one of shortest, squash, longest, got 'wide'"):
+    with pytest.raises(ValueError, match="resize mode must be shortest, longest or squash, got 'wide'"):
         FrameTransform(45, "wide")
 
 
@@ -172,7 +172,7 @@ def test_recomputed_activations_change_nothing(name, tmp_path):
     frames, mask = torch.randn(2, 1, 3, 32, 32), torch.ones(2, 1, dtype=torch.bool)
     ids = torch.randint(1, 390, (2, 8))
     for recompute in (False, True):
-        trade(model, torch.device("cpu"), recompute, compile_towers=False)
+        trade(model, torch.device("cpu"), recompute, compile_blocks=False)
         model(ids, torch.ones_like(ids, dtype=torch.bool), frames, mask).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()

@@ -55,10 +55,14 @@ def make_encoder(name: str, sizes: ClipSizes, **options) -> torch.nn.Module:
     return ENCODERS[name](sizes, "quick_gelu", from_flags(ENCODERS[name].Options, options))
 
 
+def loss_of(settings: dict) -> str:
+    return settings.get("loss", "cdcr" if settings.get("cdcr") else "contrastive")
+
+
 def make_model(encoder, sim_header: str, interaction: str = "no", scaled: bool = True, **settings) -> VideoTextModel:
     """A model around an encoder; with settings of --cdcr its loss."""
     head = make_head(sim_header, encoder.head_sizes, interaction, **settings)
-    loss = LOSSES["cdcr" if settings.get("cdcr") else "contrastive"]
+    loss = LOSSES[loss_of(settings)]
     return VideoTextModel(encoder, head, loss(from_flags(loss.Options, settings)), scaled)
 
 

@@ -16,6 +16,7 @@ from plugins import NoOptions, Registry, flag
 ENCODERS: Registry[type["Encoder"]] = Registry("encoder", "encoder")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+OF_THE_LOSS = ("logit_scale", "logit_bias")  # parameters that no feature depends on
 NORM_EPS = 1e-5  # of CLIP's LayerNorms, and torch's default
 
 
