@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from checkpoints.beside import CONFIG, NEWER_PROCESSOR, OPEN_CLIP, PROCESSOR
 from checkpoints.whole import file_sha256
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -21,7 +22,7 @@ OPENAI_CLIP = {  # name -> file name, SHA-256
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
 }
 HUB = "hf-hub:"  # how names of Hugging Face repositories begin
-CONFIGS = ("open_clip_config.json", "config.json")
+CONFIGS = (OPEN_CLIP, CONFIG, PROCESSOR, NEWER_PROCESSOR)
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 SILENCE_S = 30.0  # a server that sends nothing for so long is given up
 # What ends a transfer; any other OSError comes from the folder.
@@ -98,7 +99,7 @@ def fetch_from_hub(name: str, download: bool = True) -> Path:
     weights = (own,) if own else HUB_FILES
     where: dict[str, Any] = {"revision": revision or None, "local_files_only": not download}
     reason: Exception | None = None
-    for files in (CONFIGS, weights):  # the configuration first: with it the file tells how to read it
+    for files in (CONFIGS, weights):  # what stands beside weights first: it tells how to read them
         for file in files:
             try:
                 found = Path(hf_hub_download(repository, file, **where))

@@ -13,7 +13,7 @@ from PIL import Image
 from test_checkpoints import hugging_face
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from checkpoints.beside import Beside, of_open_clip, of_processor, of_sidecar, read_beside
+from checkpoints.beside import Beside, of_clip_config, of_open_clip, of_processor, of_sidecar, read_beside
 from checkpoints.names import split_towers
 from checkpoints.read import CheckpointError, read_checkpoint, save_checkpoint
 from dataloaders.video import FrameTransform
@@ -270,6 +270,23 @@ def test_a_whole_run_and_its_checkpoint_use_it(laion, msrvtt_flags, tmp_path, ca
         error = capsys.readouterr().err
         assert "preprocessing size 32, mean 0.5 0.5 0.5" in error
         assert "-> OpenAI's" in error
+
+
+def test_the_size_beside_is_that_of_the_weights_also_where_another_is_asked_for(laion, msrvtt_flags, tmp_path):
+    flags = replaced(msrvtt_flags, pretrained_clip_name=laion / "weights.pt", image_size=48)
+    assert main(["--do_eval", *flags]) == 0
+    image = {**OTHER, "size": 48, "resize_mode": "squash", "interpolation": "bilinear", "fill_color": [0, 0, 0]}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["image"] == image
+
+
+def test_image_heads_are_those_of_the_configuration(tmp_path):
+    """128 channels in heads of 32, by open_clip and by transformers; where neither says, nothing is told."""
+    for config, heads in (({"width": 128, "head_width": 32}, 4), ({"head_width": 96}, 8), ({"width": 1280}, 20)):
+        assert of_open_clip({"model_cfg": {"vision_cfg": config}}, FILE).image_heads == heads
+    assert of_clip_config({"vision_config": {"num_attention_heads": 4}}, FILE).image_heads == 4
+    assert of_clip_config({"vision_config": {}}, FILE).image_heads is None
+    with pytest.raises(CheckpointError, match="vision_cfg.head_width is 0: expected is a whole number above 0"):
+        of_open_clip({"vision_cfg": {"head_width": 0}}, FILE)
 
 
 def test_weights_alone_are_prepared_as_openai_does(sample, msrvtt_flags, tmp_path, capsys):
