@@ -19,11 +19,13 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from dataloaders.video import FrameSampling
 from dataloaders.video.decode import read_frames
 from dataloaders.video.transforms import FrameTransform
+from engine.features import encoder_digest, towers_are_frozen
 from engine.options import parse_options
 from engine.step import trade
 from modules.encoders.open_clip import OpenClip, OpenClipOptions
 from modules.losses.base import Pairs
 from modules.losses.sigmoid import Sigmoid
+from modules.optim import freeze
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -180,6 +182,22 @@ def test_recomputed_activations_change_nothing(name, tmp_path):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_scale_and_bias_of_the_logits_train_where_both_towers_are_frozen(tmp_path):
+    """No feature depends on them: neither what is kept of a frozen encoder nor the name that it is kept under."""
+    save_tiny("ViT-B-16-SigLIP", tmp_path, init_logit_bias=-10)
+    clip = (model := our_model(tmp_path, "--do_train", "--loss", "sigmoid")).clip
+    assert not towers_are_frozen(model)
+    freeze(clip, clip.blocks + 1)
+    assert {name for name, p in clip.named_parameters() if p.requires_grad} == {"logit_scale", "logit_bias"}
+    assert towers_are_frozen(model)
+    before = encoder_digest(model, ())
+    with torch.no_grad():
+        clip.logit_bias += 1
+        assert encoder_digest(model, ()) == before
+        clip.text.ln_final.bias += 1
+    assert encoder_digest(model, ()) != before
 
 
 def test_the_sigmoid_loss_is_the_librarys():
