@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from checkpoints.read import CheckpointError
@@ -23,7 +23,7 @@ from dataloaders.registry import (
 )
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import FrameSampling, FrameTransform
-from dataloaders.video.cache import FrameCache
+from dataloaders.video.cache import frame_cache
 from dataloaders.video.decode import VideoFiles
 from dataloaders.video.folders import FrameFolders
 from engine.build import Weights
@@ -128,9 +128,6 @@ def trained_videos(before: Any, source: str, train: RetrievalSplit | None) -> di
         ids = {short_id(train.dataset, i) for i in (*(v.video_id for v in train.videos), *train.missing_videos)}
         known[train.dataset] = sorted(ids | set(known.get(train.dataset, ())))
     return known
-
-
-frame_cache = cache(FrameCache)  # one for all loaders of a process: it warns once
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from dataloaders.msrvtt import Options
 from dataloaders.outage import Outage, look
 from dataloaders.registry import AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
-from dataloaders.video import FrameSampling
+from dataloaders.video import FrameSampling, FrameTransform
 from dataloaders.video.decode import VideoFiles
 
-SOURCE = VideoSource(FrameSampling("stride", 1, 3, 2), 32, frame_order=2)
+SOURCE = VideoSource(FrameSampling("stride", 1, 3, 2), FrameTransform(32), frame_order=2)
 
 
 @pytest.fixture

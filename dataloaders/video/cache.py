@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -41,36 +41,41 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ARRAYS = [field.name for field in fields(VideoInfo) if field.type == "np.ndarray"]
 
 
-def reader() -> str:
-    """What a file's packets and pictures are read with."""
-    return f"{READER_VERSION}, PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"
-
-
 @cache
 def _rule_source(rule: str) -> str:
     """Tells versions of a rule's code apart."""
     return hashlib.sha256(inspect.getsource(RULES[rule]).encode()).hexdigest()[:12]
 
 
-def file_key(path: str | os.PathLike, root: Path) -> dict[str, Any]:
-    """A version of a file, by its place below `root`: a folder may be mounted elsewhere tomorrow. Raises OSError."""
-    state = os.stat(path)
-    return {"file": os.path.relpath(path, root), "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+class Recipe(NamedTuple):
+    """What becomes of a file, as JSON values and as text."""
+
+    values: dict[str, Any]
+    text: str
 
 
-def clip_key(sampling: FrameSampling, start: float | None, end: float | None, training: bool) -> dict[str, Any]:
-    """A choice of frames. training: the rule may draw, and another one in evaluation."""
-    own = asdict(sampling.options) if sampling.options else {}
-    rule = {"rule": sampling.rule, "code": _rule_source(sampling.rule), "options": own}
-    rates = {"framerate": sampling.framerate, "max_frames": sampling.max_frames}
-    return {"start": start, "end": end, **rule, **rates, "training": training}
+def _recipe(values: dict[str, Any]) -> Recipe:
+    values = values | {"reader": f"{READER_VERSION}, PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}"}
+    return Recipe(values, json.dumps(values, sort_keys=True, default=str))
 
 
-def picture_key(transform: FrameTransform, kind: str) -> dict[str, Any]:
-    """What a frame becomes, and how it is kept."""
-    resize = {"size": transform.size, "mode": transform.resize_mode, "interpolation": transform.interpolation}
-    resize |= {"fill": list(transform.fill_color), "version": f"{RESIZE_VERSION}, torch {torch.__version__}"}
-    return {"resize": resize, "format": kind if kind == "raw" else f"{kind} {JPEG_QUALITY}"}
+@cache
+def packets_recipe() -> Recipe:
+    return _recipe({})
+
+
+def frames_recipe(sampling: FrameSampling, transform: FrameTransform, training: bool, kind: str) -> Recipe:
+    """training: the rule may draw, and is another one in evaluation."""
+    resize = transform.size, transform.resize_mode, transform.interpolation, tuple(transform.fill_color)
+    return _frames_recipe(sampling, resize, training, kind)
+
+
+@cache  # it is asked for with every clip
+def _frames_recipe(sampling: FrameSampling, resize: tuple, training: bool, kind: str) -> Recipe:
+    rule = {"rule": sampling.rule, "code": _rule_source(sampling.rule), "training": training}
+    rule |= {"framerate": sampling.framerate, "max_frames": sampling.max_frames, "options": asdict(sampling.options)}
+    picture = {"resize": list(resize), "resized_by": f"{RESIZE_VERSION}, torch {torch.__version__}"}
+    return _recipe(rule | picture | {"format": kind if kind == "raw" else f"{kind} {JPEG_QUALITY}"})
 
 
 class FrameCache:
@@ -90,8 +95,13 @@ class FrameCache:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--frame_cache {folder} is a file; give a folder")
         self.folder, self.root, self.kind = folder, root, kind
+        self._made_of = folder, root, kind, gigabytes, writers
+        self._prefix = os.path.join(root, "")
         self._room = Room(folder, gigabytes * 1e9, writers) if gigabytes else None
         self._stop, self._drawing = Once(), Once()
+
+    def __reduce__(self) -> tuple:
+        return frame_cache, self._made_of
 
     @property
     def full(self) -> bool:
@@ -115,15 +125,14 @@ class FrameCache:
             return unpack(found)
         before, state = self._file(path), generator.bit_generator.state if generator else None
         frames = self._decode(path, sampling, start, end, generator, transform, notes)
+        entry = pack(frames, self.kind, {"notes": list(notes)})
         if generator and generator.bit_generator.state != state:
             if self._drawing():
-                told = "the frame rule %s draws at random: in training its clips are decoded anew each time"
-                logger.info(f"frame cache: {told}", sampling.rule)
-            return frames if self.kind == "raw" else unpack(self._pack(frames, {}))
-        entry = self._pack(frames, {"notes": list(notes)})
-        if before is not None and before == self._file(path):  # else it was changed meanwhile
-            chosen = clip_key(sampling, start, end, generator is not None), picture_key(transform, self.kind)
-            self._keep("frames", self._key(before, *chosen), entry)
+                told = "frame cache: the frame rule %s draws at random: in training, clips are decoded anew each time"
+                logger.info(told, sampling.rule)
+        elif before is not None and before == self._file(path):
+            recipe = frames_recipe(sampling, transform, generator is not None, self.kind)
+            self._keep("frames", before | {"start": start, "end": end}, recipe, entry)
         return frames if self.kind == "raw" else unpack(entry)
 
     def find(
@@ -138,16 +147,21 @@ class FrameCache:
         """The entry of a clip; None where none is whole."""
         if (file := self._file(path)) is None:
             return None
-        chosen = clip_key(sampling, start, end, training), picture_key(transform, self.kind)
-        return read_entry(self._place("frames", self._key(file, *chosen)))
+        clip, recipe = file | {"start": start, "end": end}, frames_recipe(sampling, transform, training, self.kind)
+        return read_entry(self._place("frames", clip, recipe))
 
     def probe(self, path: str | os.PathLike) -> VideoInfo:
         """What a file holds, as `probe_video` gives it; raises VideoReadError as it does."""
-        return self._known(path) or self._kept(path, probe_video(path))
+        if known := self._known(path):
+            return known
+        before = self._file(path)
+        info = probe_video(path)
+        self._keep_packets(path, before, info)
+        return info
 
     def _decode(self, path: Any, *choice: Any) -> Tensor:
         sampling, start, end, generator, transform, notes = choice
-        known = self._known(path)
+        known, before = self._known(path), self._file(path)
         state, found = generator.bit_generator.state if generator else None, list[VideoInfo]()
         given = sampling, start, end, "pyav", generator, transform, notes
         try:
@@ -159,48 +173,43 @@ class FrameCache:
                 generator.bit_generator.state = state
             clips = read_frames(path, *given, found=found.append)
         if found[-1] is not known:
-            self._kept(path, found[-1])
+            self._keep_packets(path, before, found[-1])
         return torch.cat(clips)
 
     def _known(self, path: str | os.PathLike) -> VideoInfo | None:
         file = self._file(path)
-        entry = read_entry(self._place("packets", self._key(file))) if file else None
+        entry = read_entry(self._place("packets", file, packets_recipe())) if file else None
         return info_of(entry, os.fspath(path)) if entry else None
 
-    def _kept(self, path: str | os.PathLike, info: VideoInfo) -> VideoInfo:
-        if file := self._file(path):
-            self._keep("packets", self._key(file), entry_of(info))
-        return info
+    def _keep_packets(self, path: str | os.PathLike, before: dict[str, Any] | None, info: VideoInfo) -> None:
+        if before is not None and before == self._file(path):  # else it was changed meanwhile
+            self._keep("packets", before, packets_recipe(), entry_of(info))
 
     def _file(self, path: str | os.PathLike) -> dict[str, Any] | None:
+        """A version of a file, by its place below `root`, which may be mounted elsewhere tomorrow; None: not there."""
+        path = os.fspath(path)
         try:
-            return file_key(path, self.root)
+            state = os.stat(path)
         except OSError:
             return None
+        below = path[len(self._prefix) :] if path.startswith(self._prefix) else os.path.relpath(path, self.root)
+        return {"file": below, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 
-    def _key(self, file: dict[str, Any], *choice: dict[str, Any]) -> dict[str, Any]:
-        key = file | {"reader": reader()}
-        for part in choice:
-            key |= part
-        return key
+    def _place(self, what: str, clip: dict[str, Any], recipe: Recipe) -> str:
+        name = hashlib.sha256(f"{json.dumps(clip, sort_keys=True)} {recipe.text}".encode()).hexdigest()[:32]
+        return os.path.join(self.folder, what, name[:2], name)
 
-    def _place(self, what: str, key: dict[str, Any]) -> Path:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        return self.folder / what / name[:2] / name
-
-    def _pack(self, frames: Tensor, about: dict[str, Any]) -> Entry:
-        return pack(frames, self.kind, about)
-
-    def _keep(self, what: str, key: dict[str, Any], entry: Entry) -> None:
+    def _keep(self, what: str, clip: dict[str, Any], recipe: Recipe, entry: Entry) -> None:
         """Write an entry, unless the keeping has ended; end it where that fails."""
         if self.full:
             return
-        description = {"key": key, "root": os.path.realpath(self.root), **entry.description}
+        own = {"clip": clip, "recipe": recipe.values, "root": os.path.realpath(self.root)}
+        description = own | entry.description
         try:
             if self._room and not self._room.take(entry_size(description, entry.content)):
                 self._end(f"it holds the {self._room.limit / 1e9:g} GB of --frame_cache_gb")
                 return
-            write_entry(self._place(what, key), description, entry.content)
+            write_entry(Path(self._place(what, clip, recipe)), description, entry.content)
         except OSError as error:
             cause = "its disk or quota is full" if error.errno in FULL else "it cannot be written to"
             self._end(f"{cause} ({error.strerror or error})")
@@ -209,6 +218,9 @@ class FrameCache:
         if self._stop():
             remedy = "the run goes on, and decodes each time what is not there"
             logger.warning("frame cache %s: nothing more is kept, %s; %s", self.folder, cause, remedy)
+
+
+frame_cache = cache(FrameCache)  # one for all that a process reads, so that it warns once and looks at its size once
 
 
 def pack(frames: Tensor, kind: str, about: dict[str, Any]) -> Entry:

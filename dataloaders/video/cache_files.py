@@ -68,7 +68,7 @@ def entry_size(description: dict[str, Any], content: np.ndarray) -> int:
     return HEAD.size + len(json.dumps(description)) + 8 + len(content)
 
 
-def read_entry(path: Path) -> Entry | None:
+def read_entry(path: str | os.PathLike) -> Entry | None:
     """None where there is no whole, unchanged entry."""
     try:
         whole = np.fromfile(path, np.uint8)
@@ -92,7 +92,7 @@ def _taken_apart(whole: np.ndarray) -> tuple[int, bytes, np.ndarray] | None:
     return told, whole[HEAD.size : begin].tobytes(), whole[begin:]
 
 
-def read_description(path: Path) -> dict[str, Any] | None:
+def read_description(path: str | os.PathLike) -> dict[str, Any] | None:
     """The description alone, of a file of the right length; what it holds is not looked at."""
     try:
         with open(path, "rb") as file:
@@ -142,7 +142,7 @@ class Room:
 
 
 class Once:
-    """True for the first who asks, in this process or any that was forked from it. A pickled copy is another one."""
+    """True for the first who asks, in this process or any that was forked from it."""
 
     def __init__(self) -> None:
         reading, writing = os.pipe()
@@ -158,6 +158,3 @@ class Once:
         poll = select.poll()
         poll.register(self._token, select.POLLIN)
         return not any(event & select.POLLIN for _, event in poll.poll(0))
-
-    def __reduce__(self) -> tuple:
-        return Once, ()
