@@ -220,7 +220,10 @@ class FrameCache:
             logger.warning("frame cache %s: nothing more is kept, %s; %s", self.folder, cause, remedy)
 
 
-frame_cache = cache(FrameCache)  # one for all that a process reads, so that it warns once and looks at its size once
+@cache
+def frame_cache(*made_of: Any) -> FrameCache:
+    """One for all loaders of a process and those forked from it: it warns once, and knows how much there is."""
+    return FrameCache(*made_of)
 
 
 def pack(frames: Tensor, kind: str, about: dict[str, Any]) -> Entry:
