@@ -24,6 +24,7 @@ from engine.build import Weights, build_model, find_weights, load_weights
 from engine.data import Loaders, load_run_data
 from engine.distributed import AgreedError, World, main_first
 from engine.evaluate import evaluate, open_all
+from engine.features import open_cache
 from engine.lock import locked
 from engine.options import Options, parse_options
 from engine.progress import log, open_tensorboard, setup_logging
@@ -105,11 +106,11 @@ def log_options(options: Options) -> None:
 
 
 def choose_precision(options: Options, world: World) -> Options:
-    """Replace --precision auto by what this device has."""
+    """Replace --precision auto by what this device has for the training; evaluation is then in float32."""
     precision = options.run.precision
     if precision == "auto":
         has_bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp32"
+        precision = "bf16" if has_bf16 and options.run.do_train else "fp32"
     if precision == "fp16" and world.device.type == "cpu":
         raise ValueError("--precision fp16 needs CUDA; on the CPU use fp32")
     values = {**options.values, "precision": precision}
@@ -138,6 +139,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
     warn_of_other_settings(weights.sidecar.get("settings", {}), options)
     # Made before weights are read, as it checks the batch.
     pairs = Loaders(options, world, list, ImageInput(1)).training_pairs(data.train) if data.train else None
+    model = None
     if all(path.exists() for path in weights.files()):
         model = build_model(options, weights).to(world.device)
         cut = data.cut_captions(model.clip.tokenizer, options.data.max_words) if world.is_main else {}
@@ -148,9 +150,11 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
             if resumed:
                 check_options(resumed, record, world.size)
     if options.run.dry_run:
-        log.info("%s", "\n".join(plan(options, world, data, weights, pairs)))
+        log.info("%s", "\n".join(plan(options, world, data, weights, pairs, model)))
         return
-    log.info("%s, %d process(es), %s", world.device, world.size, options.run.precision)
+    training = f"training in {options.run.precision}, " if data.train is not None else ""
+    evaluation_in = f"evaluation in {options.evaluation_precision}"
+    log.info("%s, %d process(es), %s%s", world.device, world.size, training, evaluation_in)
     tokenize = partial(model.clip.tokenizer, max_words=options.data.max_words)
     loaders = Loaders(options, world, tokenize, model.clip.image)
     source, evaluation = weights, None
@@ -160,7 +164,7 @@ def run(options: Options, world: World, stop: StopRequest, argv: Sequence[str]) 
         source = Weights("", folder / SELECTED)
         load_weights(model, source.read().tensors, str(source.path))
     if evaluation is None or evaluation.split is not data.scored or data.bank:
-        evaluation = evaluate(model, data.scored, loaders, data.bank)
+        evaluation = evaluate(model, data.scored, loaders, data.bank, open_cache(model, options, world))
     scored = evaluation.split
     size = f"{len(scored.captions)} captions x {len(scored.videos)} videos, {evaluation.seconds:.1f} s"
     log.info(f"{scored.dataset} {scored.name}, {size}\n{format_metrics(evaluation.metrics)}")

@@ -64,7 +64,7 @@ def main() -> None:
         ours, other = (partial(way, model, split, loaders) for way in (evaluate, once_per_caption))
         title = f"{args.videos} videos, {args.captions} captions each"
         found = race(title, {"ours": ours, "other": other}, args.rounds)
-        torch.testing.assert_close(found["ours"].similarity, found["other"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["ours"].similarity.matrix, found["other"], rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":

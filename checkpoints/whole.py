@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], before_move: Ca
 
     `before_move` is called when the temporary file is whole. Raises OSError naming `path` and the likely cause.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")  # numbers of hosts meet
     try:
         with open(beside, "wb") as file:
             write(file)

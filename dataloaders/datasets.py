@@ -82,6 +82,14 @@ class VideoSource:
         """Of the largest clip: frames, colours, rows and columns of pixels."""
         return self.sampling.max_frames, 3, self.transform.size, self.transform.size
 
+    @property
+    def draws(self) -> bool:
+        """Whether a training pair may get other frames, or another order, in every epoch."""
+        generator = np.random.default_rng(0)
+        before = generator.bit_generator.state
+        self.sampling.choose(25.0, 10_000, generator=generator)
+        return self.frame_order == 2 or generator.bit_generator.state != before
+
     def read(self, split: RetrievalSplit, index: int, generator: np.random.Generator, caption: str = "") -> Item:
         """A video of the split; with a `caption`, as a training pair, for which the frame rule may draw at random.
 
@@ -149,11 +157,15 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.captions) if self.expand else len(self.split.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def draw(self, key: tuple[int, int]) -> tuple[int, int, np.random.Generator]:
+        """The caption and the video of a pair, and the generator for what else is drawn."""
         epoch, position = key
         generator = np.random.default_rng([self.seed, epoch, position])
         caption = position if self.expand else int(generator.choice(self._captions_of[position]))
-        video = int(self.split.caption_to_video[caption])
+        return caption, int(self.split.caption_to_video[caption]), generator
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        caption, video, generator = self.draw(key)
         return self.source.read(self.split, video, generator, self.split.captions[caption])
 
     def describe(self, key: tuple[int, int]) -> str:

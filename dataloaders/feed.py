@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloaders.datasets import Batch, Collate, Item, mask_of
+from dataloaders.datasets import Batch, Item, mask_of
 from dataloaders.outage import Outage, patiently
 from dataloaders.workers import SHORT_OF_MEMORY, FeedError, Shared, Workers
 
@@ -65,7 +65,7 @@ class Feed:
         self,
         dataset: Any,
         batch_sampler: Iterable[list],
-        collate: Collate,
+        collate: Callable[..., Batch],
         reading: Reading,
         shape: Sequence[int],
         batch_size: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -61,9 +61,17 @@ def pair_loader(
     return Feed(dataset, batches, Collate(tokenize), reading, source.shape, batch_size // reading.world_size)
 
 
-def video_loader(split: RetrievalSplit, source: VideoSource, reading: Reading, *, batch_size: int) -> Feed:
-    """Batches of the split's videos, each video once, this rank's share."""
-    batches = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
+def video_loader(
+    split: RetrievalSplit,
+    source: VideoSource,
+    reading: Reading,
+    *,
+    batch_size: int,
+    wanted: Callable[[list[int]], bool] = bool,
+) -> Feed:
+    """Batches of the split's videos, each video once, this rank's share; of those the `wanted` ones."""
+    dealt = ShardedBatches(len(split.videos), batch_size, reading.rank, reading.world_size)
+    batches = [batch for batch in dealt if wanted(batch)]
     return Feed(VideoDataset(split, source, reading.seed), batches, Collate(), reading, source.shape, batch_size)
 
 
@@ -93,5 +101,8 @@ class CaptionBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in self.batches:
-            yield torch.tensor(batch), *trim(*self.tokenize([self.split.captions[i] for i in batch]))
+        return map(self.read, self.batches)
+
+    def read(self, batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """One of `batches`."""
+        return torch.tensor(batch), *trim(*self.tokenize([self.split.captions[i] for i in batch]))

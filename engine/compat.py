@@ -22,6 +22,7 @@ class Compat:
     decays_all: LayerNorms, embeddings and the logit scale decay, too: the sources' test for LayerNorms matches no name.
     precision: encoder -> what --precision auto means. "half" is float16 weights, gradients and moments of CLIP, without
     a master copy or a loss scale: v underflows to 0 nearly everywhere, so that steps are larger than in float32.
+    tf32: training in fp32 on CUDA may round what it multiplies to TF32, which is several times faster.
     new_parts_at_lr: temporal parts of an encoder that no file of weights holds learn at --lr. The sources train all
     that is named ``clip.`` at the small rate of pre-trained weights, at which what starts from nothing stays there.
     """
@@ -33,6 +34,7 @@ class Compat:
     same_dsl_axis: bool = False
     decays_all: bool = False
     precision: dict[str, str] = field(default_factory=dict)
+    tf32: bool = True
     new_parts_at_lr: bool = True
 
 
@@ -41,7 +43,7 @@ class Compat:
 PARSER: dict[str, Any] = {"max_words": 20, "max_frames": 100, "slice_framepos": 0}
 PARSER |= {"coef_lr": 1.0, "batch_size": 256, "epochs": 20, "select_on": "test"}
 # What the sources have in common. DiDeMo's annotators saw 30 s; the sources pass 31 to their frame readers.
-SOURCE = Compat(defaults=PARSER | {"didemo_clip_seconds": 31.0}, decays_all=True, new_parts_at_lr=False)
+SOURCE = Compat(defaults=PARSER | {"didemo_clip_seconds": 31.0}, decays_all=True, tf32=False, new_parts_at_lr=False)
 
 COMPAT = {
     "none": Compat(),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from checkpoints.read import CheckpointError
 from dataloaders.annotation_files import READ, AnnotationFiles
 from dataloaders.datasets import Reader, VideoSource
@@ -32,6 +34,12 @@ from engine.options import Options
 from engine.progress import log
 from modules.encoders.base import ImageInput
 from modules.tokenizer import lengths_of_cut
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of --precision; it does nothing for fp32 and half."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision in ("fp16", "bf16"))
 
 
 def load_data(options: Options, name: str) -> RetrievalSplit:
@@ -165,6 +173,10 @@ class Loaders:
         limits = data.data_timeout, data.outage_minutes
         return Reading(workers, self.options.run.seed, world.rank, world.size, device, *limits)
 
+    def autocast(self) -> torch.autocast:
+        """The context that evaluation encodes in; it does nothing for fp32 and half."""
+        return autocast(self.world.device, self.options.evaluation_precision)
+
     def training_pairs(self, split: RetrievalSplit) -> Feed:
         """Batches of shuffled pairs: every caption with its clip, or one drawn per clip and epoch (MSR-VTT)."""
         data, size = self.options.data, self.options.train.batch_size
@@ -176,10 +188,15 @@ class Loaders:
         """The split's videos, only opened: this rank's share."""
         return probe_loader(split, self.reader(), self.reading())
 
-    def videos(self, split: RetrievalSplit) -> Feed:
-        """Batches of the split's videos, each once: this rank's share."""
-        source = self.source(self.options.data.eval_frame_order)
-        return video_loader(split, source, self.reading(), batch_size=self.options.run.batch_size_val)
+    def videos(
+        self,
+        split: RetrievalSplit,
+        source: VideoSource | None = None,
+        wanted: Callable[[list[int]], bool] = bool,
+    ) -> Feed:
+        """Batches of the split's videos, each once: this rank's share. source: how evaluation reads them, if None."""
+        source, size = source or self.source(self.options.data.eval_frame_order), self.options.run.batch_size_val
+        return video_loader(split, source, self.reading(), batch_size=size, wanted=wanted)
 
     def captions(self, split: RetrievalSplit | QueryBank) -> CaptionBatches:
         """Batches of the split's captions, each once: this rank's share."""

@@ -91,6 +91,8 @@ def choose_device(name: str, place: Place) -> torch.device:
         raise ValueError(f"{problem}; start at most {count} processes on this host, or use --device cpu")
     torch.cuda.set_device(index)
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, also in the patch convolution
+    # cuDNN's attention plans anew for every shape, and batches differ in real frames and in tokens.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", index)
 
 

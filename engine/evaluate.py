@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +12,14 @@ from dataloaders.registry import QueryBank
 from dataloaders.split import RetrievalSplit
 from engine.compat import COMPAT
 from engine.data import Loaders
-from engine.distributed import World, agree, gather_objects, gather_rows, same_sizes
+from engine.distributed import agree, gather_objects, gather_rows, same_sizes
+from engine.features import FeatureCache, caption_batches, video_batches
 from engine.progress import log, progress
+from engine.scores import score
 from modules.metrics import Metrics, retrieval_metrics
 from modules.model import VideoTextModel
-from modules.representation import Representation, as_float32, concat, count, take
+from modules.ranks import Scores
+from modules.representation import Representation, as_float32, concat, take
 
 
 class DataError(ValueError):
@@ -26,24 +28,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Similarities float32 [N, V] of what was scored, the split as scored, and the metrics by post-processing.
+    """Similarities [N, V] of what was scored, the split as scored, and the metrics by post-processing.
 
     `scale` is the factor in the similarities, `same_dsl_axis` says how DSL went, `bank` [B, V] is QB-Norm's, if any.
+    On ranks other than 0 similarities may be None.
     """
 
-    similarity: Tensor
+    similarity: Scores | None
     split: RetrievalSplit
     metrics: Metrics
     seconds: float
     scale: float = 1.0
     same_dsl_axis: bool = False
-    bank: Tensor | None = None
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of --precision; it does nothing for fp32 and half."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision in ("fp16", "bf16"))
+    bank: Scores | None = None
 
 
 def in_order(index: list[Tensor], rows: list[Representation], device: torch.device) -> Representation:
@@ -56,20 +53,21 @@ def in_order(index: list[Tensor], rows: list[Representation], device: torch.devi
 
 
 def encode_videos(
-    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders
+    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, cache: FeatureCache | None = None
 ) -> tuple[Representation, RetrievalSplit]:
     """What the head made of the videos that can be read, and the split less the others, if --allow_missing."""
-    index, rows, unread = [], [], []
+    index, rows = [], []
+    unread: list[Failure] = []
     options, world = loaders.options, loaders.world
-    with loaders.videos(split) as feed:
-        for batch in progress(feed, "videos", enabled=world.is_main):
-            unread += batch.failures
-            if len(batch.index):
-                frames = batch.frames.to(world.device, non_blocking=True)
-                mask = batch.frame_mask.to(world.device, non_blocking=True)
-                with autocast(world.device, options.run.precision):
-                    rows.append(as_float32(model.encode_video(frames, mask)))
-                index.append(batch.index)
+    batches = video_batches(model, split, loaders, cache, loaders.source(options.data.eval_frame_order))
+    for where, made, failed in batches:
+        unread += failed
+        if len(where):
+            parts = model.chosen(made["features"], made.get("whole")), made["mask"]
+            features, mask = (x.to(world.device) for x in parts)
+            with loaders.autocast():
+                rows.append(as_float32(model.encode_video(features, mask)))
+            index.append(where)
     unreadable = without(split, unread, options.data.allow_missing)
     return in_order(index, rows, world.device), split.drop(unreadable)
 
@@ -102,29 +100,25 @@ def open_all(splits: Iterable[RetrievalSplit], loaders: Loaders) -> None:
         without(split, unread, loaders.options.data.allow_missing)
 
 
-def encode_captions(model: VideoTextModel, batches: Iterable, world: World, precision: str) -> Representation:
+def encode_captions(
+    model: VideoTextModel, captions: RetrievalSplit | QueryBank, loaders: Loaders, cache: FeatureCache | None = None
+) -> Representation:
     """What the head made of all N captions, in their order."""
-    index, rows = [], []
-    for where, token_ids, token_mask in progress(batches, "captions", enabled=world.is_main):
-        with autocast(world.device, precision):
-            rows.append(as_float32(model.encode_text(token_ids.to(world.device), token_mask.to(world.device))))
+    index, rows, device = [], [], loaders.world.device
+    for where, made in caption_batches(model, captions, loaders, cache):
+        with loaders.autocast():
+            rows.append(as_float32(model.head.text(made["features"].to(device), made["mask"].to(device))))
         index.append(where)
-    return in_order(index, rows, world.device)
-
-
-def score(model: VideoTextModel, text: Representation, video: Representation, world: World, memory_mb: float) -> Tensor:
-    """Similarities float32 [N, V] on the CPU of every rank. Where each pair costs, the ranks share the texts."""
-    show = partial(progress, description="similarity blocks", enabled=world.is_main)
-    if world.size == 1 or model.head.separable:
-        return model.similarity(text, video, memory_mb, show)
-    bounds = [count(text) * rank // world.size for rank in range(world.size + 1)]
-    part = model.similarity(take(text, slice(*bounds[world.rank : world.rank + 2])), video, memory_mb, show)
-    return gather_rows(part, [end - start for start, end in zip(bounds, bounds[1:])])
+    return in_order(index, rows, device)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: VideoTextModel, split: RetrievalSplit, loaders: Loaders, bank: QueryBank | None = None
+    model: VideoTextModel,
+    split: RetrievalSplit,
+    loaders: Loaders,
+    bank: QueryBank | None = None,
+    cache: FeatureCache | None = None,
 ) -> Evaluation:
     """Score every caption of `split`, and of QB-Norm's `bank`, against every video of the split.
 
@@ -133,15 +127,18 @@ def evaluate(
     began, was_training = time.perf_counter(), model.training
     options, world = loaders.options, loaders.world
     model.eval()
-    video, scored = encode_videos(model, split, loaders)
+    video, scored = encode_videos(model, split, loaders, cache)
 
-    def compare(captions: RetrievalSplit | QueryBank) -> Tensor:
-        text = encode_captions(model, loaders.captions(captions), world, options.run.precision)
-        return score(model, text, video, world, options.run.similarity_memory_mb)
+    def compare(captions: RetrievalSplit | QueryBank) -> Scores | None:
+        text = encode_captions(model, captions, loaders, cache)
+        return score(model, text, video, world, options.run.similarity_memory_mb, options.run.output_dir)
 
     similarity, of_bank = compare(scored), compare(bank) if bank else None
     same_axis = COMPAT[options.model.compat].same_dsl_axis and len(scored.captions) > len(scored.videos)
     scale = float(model.evaluation_scale())
-    metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, of_bank, scale, scored.captions)
+    metrics: Metrics | None = None
+    if world.is_main:
+        metrics = retrieval_metrics(similarity, scored.caption_to_video, same_axis, of_bank, scale, scored.captions)
+    metrics = gather_objects(metrics)[0]
     model.train(was_training)
     return Evaluation(similarity, scored, metrics, time.perf_counter() - began, scale, same_axis, of_bank)

@@ -70,6 +70,12 @@ class DataOptions:
         must_be=within(0, 1),
         on_resume="free",
     )
+    feature_cache: Path | None = flag(
+        None,
+        "folder that keeps what the encoder made of videos and captions, for later runs",
+        type=Path,
+        on_resume="free",
+    )
     allow_missing: bool = flag(
         False, "accept other counts and missing or unreadable videos; results.json says so", on_resume="free"
     )
@@ -115,7 +121,10 @@ class TrainOptions:
     warmup_proportion: float = flag(0.1, "share of the steps in which the rate rises to full; -1: none", must_be=SHARE)
     weight_decay: float = flag(0.2, "decoupled weight decay", must_be=at_least(0))
     freeze_layer_num: int = flag(
-        0, "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower", must_be=at_least(-1)
+        0,
+        "-1 trains all of CLIP; n freezes embeddings and the first n blocks of each tower; one more than it has blocks "
+        "freezes both towers, and heads train on features that are computed once",
+        must_be=at_least(-1),
     )
     max_grad_norm: float = flag(1.0, "clip the global gradient norm", must_be=above(0))
     gradient_accumulation_steps: int = flag(
@@ -160,7 +169,10 @@ class RunOptions:
     batch_size_val: int = flag(16, "clips per evaluation batch and process", must_be=at_least(1), on_resume="free")
     save_similarity: bool = flag(False, "also write similarity.npz", on_resume="free")
     similarity_memory_mb: int = flag(
-        1024, "MiB at a time for heads that compare every text with every video", must_be=at_least(1), on_resume="free"
+        1024,
+        "MiB for similarities: held up to this size, beyond in blocks that need about as much",
+        must_be=at_least(1),
+        on_resume="free",
     )
     qb_norm: bool = flag(
         False, "also report QB-Norm, with captions of the training split as its query bank", on_resume="free"
@@ -175,7 +187,7 @@ class RunOptions:
         "auto",
         "fp32; bf16 or fp16: autocast with float32 weights; half: CLIP's weights, gradients and moments in float16, as "
         "CLIP4Clip has them; auto: half with --compat clip4clip, and internvideo but for its video tower (fp32), else "
-        "bf16 on CUDA cards that have it, else fp32",
+        "bf16 for training on CUDA cards that have it, and fp32 for evaluation",
         choices=("auto", "fp32", "bf16", "fp16", "half"),
     )
     fp16: bool = flag(False, "same as --precision fp16", on_resume="free")

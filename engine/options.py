@@ -48,6 +48,12 @@ class Options:
         return {k: str(v) if isinstance(v, Path) else v for k, v in self.values.items()}
 
     @property
+    def evaluation_precision(self) -> str:
+        """What was asked for by name; else float32, or the weights' own type where they are half."""
+        asked = "precision" in self.given or self.run.fp16 or self.run.precision == "half"
+        return self.run.precision if asked else "fp32"
+
+    @property
     def of_source(self) -> list[str]:
         """Flags that have the defaults of --compat's project."""
         return [f"--{n} {self.values[n]}" for n in COMPAT[self.model.compat].defaults if n not in self.given]

@@ -18,8 +18,10 @@ from engine.build import Weights
 from engine.data import RunData
 from engine.distributed import World
 from engine.evaluate import Evaluation
+from engine.memory import estimate_mb
 from engine.options import Options
 from engine.progress import log
+from engine.scores import write_npz
 from modules.encoders import Encoder
 from modules.metrics import LOOKS_AT
 from modules.model import VideoTextModel
@@ -82,6 +84,7 @@ def results(
         "trained_in": beside.get("precision"),
         "training": beside.get("training"),
         "image": asdict(encoder.image),
+        "evaluated_in": options.evaluation_precision,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
         "sha256": {
@@ -101,8 +104,8 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
     (folder / SIMILARITY).unlink(missing_ok=True)  # one of an earlier run would belong to other results
     write_json(folder / RESULTS, found)
     if options.run.save_similarity:
-        arrays = {
-            "similarity": evaluation.similarity.numpy(),
+        arrays: dict[str, Any] = {
+            "similarity": evaluation.similarity,
             "caption_to_video": np.asarray(split.caption_to_video),
             "captions": np.array(split.captions),
             "video_ids": np.array([video.video_id for video in split.videos]),
@@ -110,8 +113,8 @@ def write_results(found: Mapping[str, Any], evaluation: Evaluation, options: Opt
             "same_dsl_axis": np.bool_(evaluation.same_dsl_axis),
         }
         if evaluation.bank is not None:
-            arrays["bank_similarity"] = evaluation.bank.numpy()
-        write_whole(folder / SIMILARITY, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            arrays["bank_similarity"] = evaluation.bank
+        write_whole(folder / SIMILARITY, lambda file: write_npz(file, arrays))
     log.info("wrote %s", folder / RESULTS)
 
 
@@ -174,8 +177,10 @@ def warn_of_other_settings(trained: Mapping[str, Any], options: Options) -> None
         log.warning("the checkpoint was trained with other settings: %s", ", ".join(differing))
 
 
-def plan(options: Options, world: World, data: RunData, weights: Weights, pairs: Any) -> list[str]:
-    """What a run would do, in lines. pairs: the loader of training."""
+def plan(
+    options: Options, world: World, data: RunData, weights: Weights, pairs: Any, model: VideoTextModel | None
+) -> list[str]:
+    """What a run would do, in lines. pairs: the loader of training; model: None where weights are to be downloaded."""
     run, training, scored = options.run, options.train, data.scored
     lines: list[str] = []
     for source in (weights, *([weights.clip] if weights.clip else [])):
@@ -191,6 +196,12 @@ def plan(options: Options, world: World, data: RunData, weights: Weights, pairs:
             f"{epochs * len(pairs)} steps",
             f"selects the epoch on: {training.select_on} ({len(data.selection.videos)} videos)",
         ]
+        if model is not None:
+            standing, step = estimate_mb(model, options, size // world.size)
+            lines.append(
+                f"memory, estimated: {standing:.0f} MiB for weights, gradients and moments, {step:.0f} MiB more at the "
+                "peak of a step, for each process"
+            )
         files += [HISTORY, SELECTED, f"{SELECTED}.json", LAST]
     paths = [run.output_dir / name for name in files]
     written = (f"{path}{' (overwritten)' if path.exists() else ''}" for path in paths)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints.names import parameter_name
 from engine.compat import Compat
+from engine.data import autocast
 from engine.distributed import World, agree, average_gradients, broadcast_parameters, gather_objects, gather_rows
-from engine.evaluate import autocast
 from engine.groups import TrainOptions
-from modules.model import VideoTextModel
+from modules.encoders.base import frame_places
+from modules.model import Gather, VideoTextModel
 from modules.optim import BertAdam, parameter_groups
-from modules.representation import Representation, as_parts, concat, each, pad_to
+from modules.representation import as_parts, concat, each, pad_to
 from modules.transformer import Transformer
+
+# All blocks share one function, which torch counts its graphs by: towers and head, of fixed and of varying sizes, with
+# and without gradients make more than the 8 that it allows.
+GRAPHS = 64
 
 
 class TrainingError(RuntimeError):
@@ -47,18 +52,24 @@ def build_optimizer(model: VideoTextModel, options: TrainOptions, compat: Compat
     return BertAdam(groups, lr=options.lr, warmup=options.warmup_proportion, t_total=total_steps, betas=(0.9, 0.98))
 
 
-def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool, compile_towers: bool) -> None:
+def trade(model: VideoTextModel, device: torch.device, grad_checkpointing: bool, compile_blocks: bool) -> None:
     """Apply --grad_checkpointing (memory for time) and --compile (start-up for time) to the transformers in place.
 
-    Names of parameters stay as they are. Raises ValueError when torch.compile has no C++ compiler to use.
+    Compiled are blocks, not stacks of them: a stack would hand its gradients to DistributedDataParallel all at once, at
+    its end. Names of parameters stay as they are. Raises ValueError when torch.compile has no compiler to use.
     """
-    if compile_towers and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise ValueError("--compile needs a C++ compiler on the CPU and none is on PATH: install g++, or leave it out")
+    if compile_blocks:
+        # On CUDA, Triton builds the launchers of its kernels with a C compiler; on the CPU kernels are C++ themselves.
+        language, *names = ("C", "gcc", "clang", "cc") if device.type == "cuda" else ("C++", "g++", "clang++", "c++")
+        if not any(map(shutil.which, names)):
+            told = f"--compile needs a {language} compiler for {device.type} and none is on PATH"
+            raise ValueError(f"{told}: install {names[0]}, or leave it out")
+        torch._dynamo.config.recompile_limit = GRAPHS
     for module in model.modules():
         if isinstance(module, Transformer):
             module.checkpointing = grad_checkpointing
-            if compile_towers:
-                module.compile()
+        if compile_blocks and getattr(module, "is_block", False):
+            module.compile()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -106,6 +117,27 @@ class Shares:
         return tuple(pad_to(x, (len(x), longest, *x.shape[2:])) for x, longest in wanted)
 
 
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Within, where `allowed`, CUDA multiplies float32 numbers as TF32, with 10 bits of mantissa in place of 23.
+
+    Outside it does not: so it is by torch's default for matrices, and by choose_device for convolutions.
+    """
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+
+
+def move(arrays: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    return [x.to(device, non_blocking=True) for x in arrays]
+
+
 def cached_backward(
     model: VideoTextModel,
     arrays: Sequence[Tensor],
@@ -114,50 +146,46 @@ def cached_backward(
     autocast: Callable[[], AbstractContextManager],
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     draws: torch.Generator | None = None,
-    gather: Callable[[Representation], Representation] = lambda rows: rows,
+    gather: Gather = lambda rows: rows,
 ) -> Tensor:
     """The exact gradient of a large batch in the memory of a small one; returns the loss, a detached scalar.
 
     GradCache (Gao et al., arXiv 2101.06983): the contrastive loss needs all representations of the batch at once, but
     not the activations behind them. So: encode piece by piece without keeping activations; take the loss of all
     representations and its gradient with respect to them; encode again piece by piece, now backpropagating that
-    gradient. Cost: one more forward pass.
+    gradient. Cost: one more forward pass. Pieces are of videos. Texts are encoded once and whole, and keep their
+    activations: in small pieces they would leave a GPU idle, and a clip of 12 frames has some 20 times as many.
 
     arrays: token_ids int64 [B, L], token_mask bool [B, L], frames uint8 [B, T, 3, S, S], frame_mask bool [B, T] of
-    this rank; they are cut into at most `pieces` pieces, and only one piece at a time moves to `device`. `scale` is
-    applied to the loss before backpropagation (the loss scale of float16); `draws` goes to the model's loss; `gather`
-    joins the ranks' rows. The gradient of all ranks' batches is left in ``.grad`` on every rank.
+    this rank, each moved to `device` once. `scale` is applied to the loss before backpropagation (the loss scale of
+    float16); `draws` goes to the model's loss; `gather` joins the ranks' rows. The gradient of all ranks' batches is
+    left in ``.grad`` on every rank.
     """
-    cuts = [x.chunk(pieces) for x in arrays]
-    jobs = [(model.encode_text, piece) for piece in zip(*cuts[:2])]
-    jobs += [(model.encode_video, piece) for piece in zip(*cuts[2:])]
-    texts = len(cuts[0])
-
-    def encode(job: tuple[Callable, Sequence[Tensor]]) -> Representation:
-        with autocast():
-            return job[0](*(x.to(device, non_blocking=True) for x in job[1]))
-
+    captions, clips = arrays[:2], zip(*(x.chunk(pieces) for x in arrays[2:]))
+    jobs = [move((frames, mask, frame_places(mask)), device) for frames, mask in clips]
+    with autocast():
+        text = model.encode_text(*move(captions, device))
     outputs, states = [], []  # the second pass draws the dropout of the first
     with torch.no_grad():
         for job in jobs:
             states.append(random_state(device))
-            outputs.append(encode(job))
-    sides = (concat(outputs[:texts]), concat(outputs[texts:]))
-    text, video = (each(side, lambda x: x.requires_grad_(x.is_floating_point())) for side in sides)
+            with autocast():
+                outputs.append(model.encode_video(*job))
+    video = each(concat(outputs), lambda x: x.requires_grad_(x.is_floating_point()))
     del outputs
     with autocast():
-        loss = model.loss(gather(text), gather(video), draws)
+        loss = model.loss(text, video, draws, gather)
     scale(loss).backward()
 
     after = random_state(device)
-    for side, first in ((text, 0), (video, texts)):
-        members = [m.grad.split(len(jobs[first][1][0])) if m.grad is not None else None for m in as_parts(side)]
-        for number in range(texts):
-            set_random_state(states[first + number], device)
-            again = as_parts(encode(jobs[first + number]))
-            wanted = [(x, g[number]) for x, g in zip(again, members) if g is not None and x.requires_grad]
-            if wanted:
-                torch.autograd.backward(*map(list, zip(*wanted)))
+    gradients = [x.grad.split(len(jobs[0][0])) if x.grad is not None else None for x in as_parts(video)]
+    for number, (job, state) in enumerate(zip(jobs, states)):
+        set_random_state(state, device)
+        with autocast():
+            again = as_parts(model.encode_video(*job))
+        wanted = [(x, g[number]) for x, g in zip(again, gradients) if g is not None and x.requires_grad]
+        if wanted:
+            torch.autograd.backward(*map(list, zip(*wanted)))
     set_random_state(after, device)
     average_gradients(model.parameters())
     return loss.detach()
@@ -174,6 +202,7 @@ class Trainer:
     max_grad_norm: float
     pieces: int = 1
     seed: int = 0
+    tf32: bool = False  # float32 products on CUDA may be rounded to TF32
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "fp16")
@@ -204,7 +233,7 @@ class Trainer:
         if self.pieces > 1:
             return cached_backward(self.model, arrays, self.pieces, device, cast, self.scaler.scale, draws, gather)
         with cast():
-            loss = self.wrapped(*(x.to(device, non_blocking=True) for x in arrays), generator=draws, gather=gather)
+            loss = self.wrapped(*move([*arrays, frame_places(arrays[3])], device), draws, gather)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -215,7 +244,8 @@ class Trainer:
         on all ranks and before anything is updated, for a NaN or infinite loss or gradient (in float16 an overflowing
         gradient is the loss scaler's business: it leaves the step out).
         """
-        loss = self.backward(batch, shares)
+        with tensor_float32(self.tf32):
+            loss = self.backward(batch, shares)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         value, length = torch.stack([loss.float(), norm.float()]).tolist()  # one wait for the device

@@ -12,12 +12,13 @@ from checkpoints.read import save_checkpoint
 from checkpoints.whole import remove_leftovers
 from dataloaders.datasets import Batch, Failure
 from dataloaders.feed import Feed, FeedError
-from dataloaders.split import first_ids
+from dataloaders.split import RetrievalSplit, first_ids
 from engine.build import checkpoint_tensors, in_words
 from engine.compat import COMPAT
 from engine.data import Loaders, RunData
-from engine.distributed import AgreedError, agree, barrier, gather_objects
+from engine.distributed import AgreedError, World, agree, barrier, gather_objects
 from engine.evaluate import Evaluation, evaluate
+from engine.features import FeatureCache, feature_pairs, towers_are_frozen
 from engine.groups import TrainOptions
 from engine.options import Options
 from engine.progress import EpochWatch, add_scalars, log, open_tensorboard, peak_memory_mb
@@ -179,6 +180,35 @@ def record_of(model: VideoTextModel, options: Options, data: RunData) -> dict[st
     return {"options": options.as_dict(), "facts": facts, "trained_on": data.trained_on}
 
 
+def build_trainer(model: VideoTextModel, options: Options, world: World, total_steps: int) -> Trainer:
+    """What steps a model, with its optimiser; --compile fuses that."""
+    training, compat, precision = options.train, COMPAT[options.model.compat], options.run.precision
+    optimizer = build_optimizer(model, training, compat, total_steps)
+    if training.compile:
+        optimizer.compile()
+    tf32 = compat.tf32 and precision == "fp32" and world.device.type == "cuda"
+    if tf32:
+        log.info("float32 products of the training in TF32, of the evaluation not; NVIDIA_TF32_OVERRIDE=0 forbids it")
+    pieces = training.gradient_accumulation_steps
+    return Trainer(model, optimizer, world, precision, training.max_grad_norm, pieces, options.run.seed, tf32)
+
+
+def training_loader(model: VideoTextModel, loaders: Loaders, split: RetrievalSplit) -> tuple[Feed, FeatureCache | None]:
+    """Batches of pairs; where the towers are frozen, as features of a cache, which is given back, too.
+
+    Without --feature_cache it lies in --output_dir.
+    """
+    options, world = loaders.options, loaders.world
+    if not towers_are_frozen(model):
+        return loaders.training_pairs(split), None
+    if loaders.source(options.data.train_frame_order).draws:
+        log.info("towers are frozen, but frames are drawn anew in every epoch: clips are read and encoded in each step")
+        return loaders.training_pairs(split), None
+    folder = options.data.feature_cache or options.run.output_dir / "features"
+    cache = FeatureCache(folder, model, options, world.device)
+    return feature_pairs(model, split, loaders, cache), cache
+
+
 def fine_tune(
     model: VideoTextModel,
     loaders: Loaders,
@@ -193,12 +223,11 @@ def fine_tune(
     record: of :func:`record_of`. resumed: the checkpoint to go on from, of the same options.
     """
     options, world, folder = loaders.options, loaders.world, loaders.options.run.output_dir
-    training, loader = options.train, loaders.training_pairs(data.train)
+    training = options.train
+    trade(model, world.device, training.grad_checkpointing, training.compile)  # features come of what evaluation runs
+    loader, cache = training_loader(model, loaders, data.train)
     log.info(f"training: {len(data.train.videos)} videos, {len(loader.dataset)} items, {len(loader)} steps an epoch")
-    trade(model, world.device, training.grad_checkpointing, training.compile)
-    optimizer = build_optimizer(model, training, COMPAT[options.model.compat], len(loader) * training.epochs)
-    pieces = training.gradient_accumulation_steps
-    trainer = Trainer(model, optimizer, world, options.run.precision, training.max_grad_norm, pieces, options.run.seed)
+    trainer = build_trainer(model, options, world, len(loader) * training.epochs)
     if world.is_main:
         remove_leftovers(folder)
         if training.overwrite:
@@ -218,7 +247,7 @@ def fine_tune(
             if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator
                 torch.manual_seed(trainer.seed * 1_000_003 + epoch * world.size + world.rank)
             line = train_epoch(run)
-            evaluation = evaluate(model, data.selection, loaders)
+            evaluation = evaluate(model, data.selection, loaders, cache=cache)
             told = "loss {loss:.4f}, {seconds:.0f} s, {clips_per_second:.1f} clips/s, peak memory {peak_memory_mb} MiB"
             told = f"epoch {epoch + 1}/{training.epochs}: {told.format(**line)}; evaluation {evaluation.seconds:.0f} s"
             log.info(f"{told}\n{format_metrics(evaluation.metrics)}")

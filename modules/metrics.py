@@ -4,15 +4,16 @@ A rank is the number of candidates that score at least as high as the correct on
 is not a win. There is exactly one rank per query. Post-processing (DSL, QB-Norm) is a function of saved matrices, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modules.ranks import ColumnSoftmax, Held, Scores, View, first_reading, row_softmax, tiles
 from modules.tokenizer import words
 
-BLOCK = 2048  # rows compared at a time: bounds the memory beside the matrix itself
+BLOCK = 2**20  # scores looked at at a time: bounds the memory beside the matrix itself, and keeps to the caches
 
 ArrayLike = np.ndarray | Tensor
 # What else is correct: caption -> videos, and video -> videos whose captions are.
@@ -30,7 +31,7 @@ Metrics = dict[str, dict[str, dict[str, float]]]
 
 
 def retrieval_ranks(
-    similarity: ArrayLike, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING
+    similarity: ArrayLike | Scores, caption_to_video: ArrayLike, also: AlsoCorrect = NOTHING
 ) -> tuple[Tensor, Tensor]:
     """similarity [N, V], caption_to_video [N] -> text-to-video ranks [N] and video-to-text ranks [V], int64, 0 = best.
 
@@ -38,33 +39,46 @@ def retrieval_ranks(
     CLIP4Clip's protocol; with one caption per video it is the ordinary rank. also: of :func:`duplicates`, what else is
     correct. Raises ValueError for NaN (naming the first), wrong shapes, and videos without a caption.
     """
-    sim, owner = torch.as_tensor(similarity), torch.tensor(np.asarray(caption_to_video), dtype=torch.long)
-    if sim.ndim != 2 or owner.shape != (len(sim),):
-        raise ValueError(f"similarity must be [N, V] with N owners, got {tuple(sim.shape)} and {tuple(owner.shape)}")
-    n_videos = sim.shape[1]
+    view = View(*checked(similarity, caption_to_video)).texts(also[0]).videos(also[1])
+    read_twice([view])
+    ranks = view.ranks()
+    return ranks["t2v"], ranks["v2t"]
+
+
+def checked(similarity: ArrayLike | Scores, caption_to_video: ArrayLike) -> tuple[Scores, Tensor]:
+    """Scores [N, V] and owners int64 [N], all as they must be. Raises ValueError."""
+    scores, owner = as_scores(similarity), torch.tensor(np.asarray(caption_to_video), dtype=torch.long)
+    if owner.shape != scores.shape[:1]:
+        shapes = f"{tuple(scores.shape)} and {tuple(owner.shape)}"
+        raise ValueError(f"similarity must be [N, V] with N owners, got {shapes}")
+    n_videos = scores.shape[1]
     if len(owner) and (owner.min() < 0 or owner.max() >= n_videos):
         raise ValueError(f"caption_to_video must lie in 0..{n_videos - 1}")
     if (torch.bincount(owner, minlength=n_videos) == 0).any():
         raise ValueError("every video needs at least one caption")
-    if (nan := torch.isnan(sim)).any():
-        caption, video = nan.nonzero()[0].tolist()
-        raise ValueError(f"similarity holds {int(nan.sum())} NaN, the first at caption {caption}, video {video}")
-    groups = torch.full((n_videos, n_videos), float("-inf"), dtype=sim.dtype)
-    groups.scatter_reduce_(0, owner[:, None].expand_as(sim), sim, reduce="amax")
-    return _ranks(sim, owner, also[0]), _ranks(groups.t(), torch.arange(n_videos), also[1])
+    return scores, owner
 
 
-def _ranks(scores: Tensor, correct: Tensor, also: Mapping[int, Sequence[int]]) -> Tensor:
-    """Ranks [Q] of the queries in the rows of `scores` [Q, C], whose correct candidates are `correct` [Q].
+def as_scores(matrix: ArrayLike | Scores) -> Scores:
+    """A matrix as something to be read in strips. Raises ValueError for one of other than two dimensions."""
+    if not isinstance(matrix, ArrayLike):
+        return matrix
+    if matrix.ndim != 2:
+        raise ValueError(f"similarity must be [N, V] with N owners, got {tuple(matrix.shape)}")
+    return Held(torch.as_tensor(matrix), BLOCK)
 
-    also: query -> further correct candidates; its rank is then that of its best one among the wrong candidates.
-    """
-    blocks = zip(scores.split(BLOCK), correct[:, None].split(BLOCK))
-    ranks = torch.cat([(rows >= rows.gather(1, own)).sum(dim=1) - 1 for rows, own in blocks])
-    for query, others in also.items():
-        right = scores[query, [int(correct[query]), *others]]
-        ranks[query] = (scores[query] >= right.max()).sum() - (right >= right.max()).sum()
-    return ranks
+
+def read_twice(views: Sequence[View], columns: ColumnSoftmax | None = None, weighed: View | None = None) -> None:
+    """Let the views, all of the same scores, find their ranks. `weighed` is seen through the softmax of `columns`."""
+    scores, order = views[0].scores, views[0].order
+    columns = first_reading(scores, order, BLOCK, columns, views)
+    if weighed:
+        weighed.columns = columns.weigh
+    for view in views:
+        view.prepare()
+    for place, tile in tiles(scores, order, BLOCK):
+        for view in views:
+            view.count(place, tile)
 
 
 def duplicates(captions: Sequence[str], caption_to_video: ArrayLike) -> AlsoCorrect:
@@ -102,10 +116,15 @@ def dual_softmax(similarity: ArrayLike, dim: int) -> Tensor:
     at all other captions, dim 1 at all other videos.
     """
     sim = torch.as_tensor(similarity).double()
-    return sim * sim.softmax(dim=dim)
+    return row_softmax(sim) if dim == 1 else column_softmax(as_scores(sim)).weigh(sim)
 
 
-def qb_norm(similarity: ArrayLike, bank: ArrayLike, beta: float = QB_BETA) -> Tensor:
+def column_softmax(scores: Scores, factor: float = 1.0) -> ColumnSoftmax:
+    """The softmax of ``factor * scores`` over its rows."""
+    return first_reading(scores, torch.arange(scores.shape[0]), BLOCK, ColumnSoftmax(scores, factor))
+
+
+def qb_norm(similarity: ArrayLike, bank: ArrayLike | Scores, beta: float = QB_BETA) -> Tensor:
     """Query bank normalisation by dynamic inverted softmax (Bogolin et al., arXiv 2112.12777): float64 [N, V].
 
     similarity [N, V] of the test queries, bank [B, V] of the bank's queries, both against the same gallery. A gallery
@@ -113,20 +132,32 @@ def qb_norm(similarity: ArrayLike, bank: ArrayLike, beta: float = QB_BETA) -> Te
     ``exp(beta s) / sum over the bank of exp(beta s)`` per item, any other as it was. Returned is the logarithm of that
     over beta, which ranks alike within a row (the only use of it) and cannot overflow.
     """
-    sim, other = torch.as_tensor(similarity).double(), torch.as_tensor(bank).double()
-    if other.ndim != 2 or len(other) == 0 or other.shape[1] != sim.shape[1]:
-        raise ValueError(f"the query bank must be [B, {sim.shape[1]}] with B >= 1, got {list(other.shape)}")
-    hubs = torch.zeros(sim.shape[1], dtype=torch.bool)
-    hubs[other.argmax(dim=1)] = True
-    normalized = sim - (beta * other).logsumexp(dim=0) / beta
-    return torch.where(hubs[sim.argmax(dim=1)][:, None], normalized, sim)
+    sim = torch.as_tensor(similarity)
+    return hub_normalizer(bank, sim.shape[1], beta)(sim)
+
+
+def hub_normalizer(bank: ArrayLike | Scores, n_videos: int, beta: float) -> Callable[[Tensor], Tensor]:
+    """Of :func:`qb_norm`, what it does to rows [n, V] of the test queries."""
+    other = as_scores(bank)
+    if other.shape[0] == 0 or other.shape[1] != n_videos:
+        raise ValueError(f"the query bank must be [B, {n_videos}] with B >= 1, got {list(other.shape)}")
+    hubs = torch.zeros(n_videos, dtype=torch.bool, device=other.device)
+    for _, tile in tiles(other, torch.arange(other.shape[0]), BLOCK):
+        hubs[tile.argmax(dim=1)] = True
+    correction = column_softmax(other, beta).logsumexp() / beta
+
+    def normalize(rows: Tensor) -> Tensor:
+        sim = rows.double()
+        return torch.where(hubs[sim.argmax(dim=1)][:, None], sim - correction, sim)
+
+    return normalize
 
 
 def retrieval_metrics(
-    similarity: ArrayLike,
+    similarity: ArrayLike | Scores,
     caption_to_video: ArrayLike,
     same_dsl_axis: bool = False,
-    bank: ArrayLike | None = None,
+    bank: ArrayLike | Scores | None = None,
     scale: float = 1.0,
     captions: Sequence[str] | None = None,
 ) -> Metrics:
@@ -136,18 +167,20 @@ def retrieval_metrics(
     temperature is one for cosines. DSL normalises over captions for t2v and over videos for v2t; with `same_dsl_axis`
     (InternVideo on multi-caption sets) over captions for both. "duplicate_aware": :func:`duplicates` count as correct.
     """
-
-    def both(matrix: ArrayLike, also: AlsoCorrect = NOTHING) -> dict:
-        return dict(zip(("t2v", "v2t"), map(summarize, retrieval_ranks(matrix, caption_to_video, also))))
-
-    metrics = {"raw": both(similarity), "dsl": both(dual_softmax(similarity, dim=0))}
-    if not same_dsl_axis:
-        metrics["dsl"]["v2t"] = both(dual_softmax(similarity, dim=1))["v2t"]
+    scores, owner = given = checked(similarity, caption_to_video)
+    dsl = View(*given, torch.Tensor.double).texts({})
+    views = {"raw": [View(*given).texts({}).videos({})], "dsl": [dsl]}
+    if same_dsl_axis:
+        dsl.videos({})
+    else:
+        views["dsl"].append(View(*given, row_softmax).videos({}))
     if bank is not None:
-        metrics["qb_norm"] = {"t2v": both(qb_norm(similarity, bank, QB_BETA / scale))["t2v"]}
-    if captions is not None and (also := duplicates(captions, caption_to_video))[0]:
-        metrics["duplicate_aware"] = both(similarity, also)
-    return metrics
+        views["qb_norm"] = [View(*given, hub_normalizer(bank, scores.shape[1], QB_BETA / scale)).texts({})]
+    if captions is not None and (also := duplicates(captions, owner))[0]:
+        views["duplicate_aware"] = [View(*given).texts(also[0]).videos(also[1])]
+    read_twice([view for several in views.values() for view in several], ColumnSoftmax(scores), dsl)
+    found = {kind: [item for view in several for item in view.ranks().items()] for kind, several in views.items()}
+    return {kind: {side: summarize(ranks) for side, ranks in items} for kind, items in found.items()}
 
 
 def format_metrics(metrics: Metrics) -> str:

@@ -13,6 +13,7 @@ from modules.losses.base import Loss, Pairs
 from modules.losses.contrastive import Contrastive
 from modules.representation import Representation, as_float32, count, take
 
+Gather = Callable[[Representation], Representation]
 ROWS = 4096  # texts at a time in the matrix product of a separable head
 
 
@@ -37,25 +38,39 @@ class VideoTextModel(nn.Module):
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Representation:
         """token_ids int64 [N, L], token_mask bool [N, L] -> text features for :meth:`similarity`."""
-        pooled, tokens = self.clip.encode_text(token_ids, token_mask)
-        return self.head.text((tokens if self.head.takes_tokens else pooled).float(), token_mask)
+        return self.head.text(self.text_features(token_ids, token_mask), token_mask)
 
-    def frame_features(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    def text_features(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """token_ids int64 [N, L], token_mask bool [N, L] -> what the head gets: [N, D] or [N, L, D] float32.
+
+        In place of token_ids this may have been given already: float [N, L, D], [N, 1, D] where the head takes [N, D].
+        """
+        if token_ids.is_floating_point():
+            return token_ids if self.head.takes_tokens else token_ids[:, 0]
+        pooled, tokens = self.clip.encode_text(token_ids, token_mask)
+        return (tokens if self.head.takes_tokens else pooled).float()
+
+    def frame_features(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Tensor:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> what the head gets: [V, T', D] float32.
 
+        places: see Encoder.encode_frames.
         Where the head takes the feature of the whole clip and the encoder has one, it stands in every frame's place.
+        In place of frames this may have been given already.
         """
-        features, whole = self.clip.encode_frames(frames, frame_mask)
-        if self.head.takes_whole_video and whole is not None:
-            features = whole[:, None].expand_as(features)
-        return features.float()
+        if frames.ndim == 3:
+            return frames
+        return self.chosen(*self.clip.encode_frames(frames, frame_mask, places)).float()
 
-    def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Representation:
+    def chosen(self, features: Tensor, whole: Tensor | None) -> Tensor:
+        """Of what the encoder gave, what the head takes: [V, T', D]."""
+        return whole[:, None].expand_as(features) if self.head.takes_whole_video and whole is not None else features
+
+    def encode_video(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Representation:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> video features for :meth:`similarity`.
 
-        Frames that the encoder adds are padding to the head.
+        places: see Encoder.encode_frames. Frames that the encoder adds are padding to the head.
         """
-        features = self.frame_features(frames, frame_mask)
+        features = self.frame_features(frames, frame_mask, places)
         added = frame_mask.new_zeros(len(frame_mask), features.shape[1] - frame_mask.shape[1])
         return self.head.video(features, torch.cat([frame_mask, added], dim=1))
 
@@ -75,12 +90,15 @@ class VideoTextModel(nn.Module):
         A separable head takes one matrix product; another goes through blocks of pairs that need at most about
         `memory_mb` each. show: iterates over the list of blocks, for a progress display.
         """
-        scale, head = self.evaluation_scale(), self.head
-        out = torch.empty(count(text), count(video))
+        head, out = self.head, torch.empty(count(text), count(video))
         pairs = ROWS * out.shape[1] if head.separable else int(memory_mb * 2**20) // head.pair_bytes(text, video)
         for rows, columns in show(pair_blocks(out.shape[0], out.shape[1], pairs)):
-            out[rows, columns] = (scale * head.similarity(take(text, rows), take(video, columns))).float().cpu()
+            out[rows, columns] = self.scores(take(text, rows), take(video, columns)).cpu()
         return out
+
+    def scores(self, text: Representation, video: Representation) -> Tensor:
+        """Similarities float32 [N, V] as :meth:`similarity` has them, in one go and where the features are."""
+        return (self.evaluation_scale() * self.head.similarity(text, video)).float()
 
     def forward(
         self,
@@ -88,24 +106,37 @@ class VideoTextModel(nn.Module):
         token_mask: Tensor,
         frames: Tensor,
         frame_mask: Tensor,
+        places: Tensor | None = None,
         generator: torch.Generator | None = None,
-        gather: Callable[[Representation], Representation] = lambda x: x,
+        gather: Gather = lambda x: x,
     ) -> Tensor:
         """Loss of a batch of pairs, a scalar.
 
-        generator (CPU): for losses that draw, in the same state on every rank. gather: this rank's items -> all ranks'.
+        places: see Encoder.encode_frames. generator (CPU): for losses that draw, in the same state on every rank.
+        gather: this rank's items -> all ranks'.
         """
-        text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask)
-        return self.loss(gather(text), gather(video), generator)
+        text, video = self.encode_text(token_ids, token_mask), self.encode_video(frames, frame_mask, places)
+        return self.loss(text, video, generator, gather)
 
-    def loss(self, text: Representation, video: Representation, generator: torch.Generator | None = None) -> Tensor:
-        """Loss, a scalar, of what the two encoders gave for all pairs; see :meth:`forward`."""
+    def loss(
+        self,
+        text: Representation,
+        video: Representation,
+        generator: torch.Generator | None = None,
+        gather: Gather = lambda x: x,
+    ) -> Tensor:
+        """Loss, a scalar, of what the two encoders gave for this rank's pairs; see :meth:`forward`.
+
+        Where a pair costs more than a product, each rank compares its own texts with all videos.
+        """
         alone = self.head.pairs_in_float32
         with torch.autocast(self.clip.logit_scale.device.type, enabled=False) if alone else nullcontext():
             if alone:
                 text, video = as_float32(text), as_float32(video)
-            logits = (self.scale() * self.head.similarity(text, video)).float()
-            return self.criterion(Pairs(logits, text, video, self.head, generator))
+            texts, videos = gather(text), gather(video)
+            logits = (self.scale() * self.head.similarity(texts if self.head.separable else text, videos)).float()
+            logits = logits if self.head.separable else gather(logits)
+            return self.criterion(Pairs(logits, texts, videos, self.head, generator))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -56,6 +56,8 @@ def mlp(width: int, activation: str) -> nn.Sequential:
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
+    is_block = True  # --compile compiles each of them
+
     def __init__(self, width: int, heads: int, activation: str, eps: float = 1e-5) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)

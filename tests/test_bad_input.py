@@ -120,8 +120,8 @@ def test_a_batch_larger_than_the_data(msrvtt_flags, capsys):
 
 
 def test_freezing_more_layers_than_there_are(msrvtt_flags, capsys):
-    error = refused(capsys, [*msrvtt_flags, "--batch_size", "8", "--freeze_layer_num", "3"], "--do_train")
-    assert "--freeze_layer_num must be in -1..2 for this CLIP, got 3" in error
+    error = refused(capsys, [*msrvtt_flags, "--batch_size", "8", "--freeze_layer_num", "4"], "--do_train")
+    assert "--freeze_layer_num must be in -1..3 for this CLIP, got 4" in error
 
 
 @pytest.mark.parametrize(

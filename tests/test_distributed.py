@@ -98,14 +98,15 @@ def count_collectives(rank: int) -> dict:
 
 
 def test_a_step_sends_one_message_besides_tensors(ranks):
-    """No pickled object. X-Pool has 2 tensors for a text, 3 for a video: all are gathered, the gradients of all but the
-    mask summed; with pieces, those of the parameters as well, where else DDP does so in C++.
+    """No pickled object. X-Pool has 2 tensors for a text, 3 for a video: all are gathered, and each rank's rows of the
+    similarities. Of the text nothing else is asked, so gradients of the two floating tensors of the video and of those
+    rows are summed; with pieces, those of the parameters as well, where else DDP does so in C++.
     """
     for rank in ranks:
         assert len(rank["count_collectives"]) == 2
         for pieces, called in rank["count_collectives"].items():
-            reductions = 4 + (pieces > 1)
-            assert sorted(called) == ["all_gather"] * 5 + ["all_gather of integers"] + ["all_reduce"] * reductions
+            reductions = 3 + (pieces > 1)
+            assert sorted(called) == ["all_gather"] * 6 + ["all_gather of integers"] + ["all_reduce"] * reductions
 
 
 PAIRWISE = [("tightTransf", "no", "2d"), ("xpool", "no", "2d"), ("seqTransf", "wti", "2d"), ("meanP", "wti", "evl")]

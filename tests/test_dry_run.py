@@ -1,6 +1,7 @@
 """--dry_run: the run itself up to its first step: the plan in figures, and every error that comes before."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from main_task_retrieval import main
 TRAIN = ["--do_train", "--epochs", "3", "--batch_size", "20", "--dry_run"]
 
 
-def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys):
+def test_the_plan_of_a_training_run(sample, msrvtt_flags, tmp_path, capsys):
     """48 clips in batches of 20: 2 whole steps an epoch."""
-    assert main([*TRAIN, "--gradient_accumulation_steps", "2", "--save_similarity", *msrvtt_flags]) == 0
+    pieces = ["--gradient_accumulation_steps", "2", "--freeze_layer_num", "-1"]
+    assert main([*TRAIN, *pieces, "--save_similarity", *msrvtt_flags]) == 0
     out = capsys.readouterr().out
     for text in (
         "--lr 0.0001\n",
@@ -27,6 +29,11 @@ def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys):
         "/out/pytorch_model.bin, ",
     ):
         assert text in out
+    standing, step = map(int, re.search(r"memory, estimated: (\d+) MiB for .*, (\d+) MiB more", out).groups())
+    # 16 bytes a parameter. A block keeps 80 bytes a token and channel: 10 clips x 3 frames x 17 tokens x 64 x 2 layers.
+    parameters = sum(x.numel() for x in read_checkpoint(sample / "clip" / "tiny_clip.pt").tensors.values())
+    assert standing == pytest.approx(16 * parameters / 2**20, abs=1)
+    assert 5 < step < 12
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
 
 
@@ -46,7 +53,7 @@ def test_the_plan_of_a_training_run(msrvtt_flags, tmp_path, capsys):
             "--max_words must be at most 77 for this CLIP, got 78",
         ),
         (["--do_eval", "--dry_run", "--max_words", "78"], "--max_words must be at most 77 for this CLIP, got 78"),
-        ([*TRAIN, "--freeze_layer_num", "3"], "--freeze_layer_num must be in -1..2 for this CLIP, got 3"),
+        ([*TRAIN, "--freeze_layer_num", "4"], "--freeze_layer_num must be in -1..3 for this CLIP, got 4"),
         (
             [*TRAIN, "--sim_header", "seqTransf", "--max_frames", "80"],
             "--sim_header seqTransf takes at most 77 frames, got 80; lower --max_frames",

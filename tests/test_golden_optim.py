@@ -27,8 +27,10 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("stem", fixtures("E1*"))
-def test_bertadam(stem):
+def test_bertadam(stem, compiled):
+    """compiled: traced whole, and run by torch's plain backend, which needs no minutes of C++ compilation."""
     vector = load(stem)
     x, config = inputs(vector), vector.config
     assert set(vector.data) == set(vector.expected())
@@ -51,6 +53,9 @@ def test_bertadam(stem):
             eps=config["e"],
             max_grad_norm=settings["max_grad_norm"],
         )
+        if compiled:
+            torch._dynamo.reset()
+            optimizer.compile(backend="aot_eager", fullgraph=True)
         optimizer.schedule = SCHEDULES[settings["schedule"]]
         trace = []
         for step, rates in enumerate(settings["lr_used_at_step"]):

@@ -17,7 +17,7 @@ from tiny_models import SIZES, make_model
 from engine.compat import COMPAT
 from engine.distributed import World
 from engine.options import resolve
-from engine.step import Trainer, build_optimizer
+from engine.step import Trainer, build_optimizer, tensor_float32
 from main_task_retrieval import main
 from modules.encoders.clip import CLIP
 from modules.optim import BertAdam
@@ -182,6 +182,30 @@ def some_batch(step):
 )
 def test_the_source_chooses_the_arithmetic(flags, precision):
     assert resolve(FLAGS | flags).run.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [({}, "fp32"), ({"precision": "bf16"}, "bf16"), ({"fp16": True}, "fp16"), ({"compat": "clip4clip"}, "half")],
+)
+def test_evaluation_is_in_float32_unless_asked(flags, precision):
+    """Also where auto has found bf16 for the training."""
+    options = resolve(FLAGS | flags)
+    if not flags:
+        options = replace(options, run=replace(options.run, precision="bf16"))
+    assert options.evaluation_precision == precision
+
+
+def test_tf32_is_allowed_within_a_step_only():
+    for allowed, seen in ((False, ("highest", False)), (True, ("high", True))):
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        with tensor_float32(allowed):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == seen
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        torch.backends.cudnn.allow_tf32 = before
+    assert COMPAT["none"].tf32
+    assert not any(compat.tf32 for name, compat in COMPAT.items() if name != "none")
 
 
 def test_the_video_tower_has_no_half():

@@ -5,8 +5,7 @@ import torch
 from tiny_models import CASES, SIZES, batch, tiny_model
 from torch import Tensor
 
-from modules.encoders.base import Conventions
-from modules.encoders.internvideo import Slots
+from modules.encoders.base import Conventions, Slots, frame_places
 from modules.heads import HEADS
 from modules.heads.base import Head, register
 from modules.model import pair_blocks
@@ -155,7 +154,7 @@ def test_towers_compile_without_a_break(tower):
 def test_internvideos_tower_compiles_without_a_break():
     model = tiny_model("meanP", "no", "evl")
     _, _, frames, frame_mask = batch()
-    arguments = (frames[frame_mask], Slots(frame_mask))
+    arguments = (frames[frame_mask], Slots(frame_mask, frame_places(frame_mask)))
     torch._dynamo.reset()
     with torch.no_grad():
         got = torch.compile(model.clip.visual, backend="eager", fullgraph=True)(*arguments)

@@ -6,12 +6,12 @@ Raw, DSL and, if the run was made with ``--qb_norm``, QB-Norm; transductive rows
 import argparse
 import sys
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 if not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.scores import read_npz
 from modules.metrics import format_metrics, retrieval_metrics
 
 
@@ -20,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="similarity.npz that a run with --save_similarity left")
     path = parser.parse_args(argv).file
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = dict(saved)
+        arrays: dict[str, Any] = read_npz(path)
         metrics = retrieval_metrics(
             arrays["similarity"],
             arrays["caption_to_video"],

@@ -58,6 +58,38 @@ class Conventions:
 RIGHT = Conventions()
 
 
+def frame_places(frame_mask: Tensor) -> Tensor:
+    """Where the real frames of a batch stand among its V * T: mask bool [V, T] -> int64 [R].
+
+    How many there are has to be known before work on them can be queued: on a CUDA device that is a wait for all that
+    runs there, so ask while the mask is still on the CPU. Raises ValueError for clips without a single frame.
+    """
+    if empty := (~frame_mask.any(dim=1)).nonzero().flatten().tolist():
+        raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
+    return frame_mask.flatten().nonzero().squeeze(1)
+
+
+class Slots:
+    """R packed frames and the V * T slots of a batch of clips, of which `keep`, bool [V, T], are taken.
+
+    places: int64 [R] of :func:`frame_places`, on the device of `keep`.
+    """
+
+    def __init__(self, keep: Tensor, places: Tensor) -> None:
+        self.keep, self.places = keep, None if len(places) == keep.numel() else places  # None: all are taken
+
+    def take(self, clips: Tensor) -> Tensor:
+        """clips [V, T, ...] -> their real frames [R, ...]."""
+        frames = clips.flatten(0, 1)
+        return frames if self.places is None else frames.index_select(0, self.places)
+
+    def fill(self, rows: Tensor) -> Tensor:
+        """rows [R, ...] -> [V, T, ...], zeros in empty slots."""
+        if self.places is not None:
+            rows = rows.new_zeros(self.keep.numel(), *rows.shape[1:]).index_copy(0, self.places, rows)
+        return rows.unflatten(0, self.keep.shape)
+
+
 class Encoder(nn.Module):
     """Texts and frames into one space. A subclass is one file in this folder, under ``@register("name")``.
 
@@ -164,21 +196,26 @@ class Encoder(nn.Module):
         # One conversion and two in-place passes: a naive (x / 255 - mean) / std would cost four copies of the clip.
         return images.float().mul_(1 / self.image_std).sub_(self.image_shift)
 
-    def check_frames(self, frames: Tensor, frame_mask: Tensor) -> None:
-        """Raises ValueError unless frames [V, T, 3, S, S] have the side of this encoder and every clip one frame."""
+    def check_frames(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> Slots:
+        """Where the real ones of frames [V, T, 3, S, S] stand; `places` as in :meth:`encode_frames`.
+
+        Raises ValueError unless they have the side of this encoder and every clip has one.
+        """
         side = self.image.size
         if frames.shape[-2:] != (side, side):
             raise ValueError(f"this CLIP takes frames of {side}x{side} pixels, got {tuple(frames.shape[-2:])}")
-        if empty := (~frame_mask.any(dim=1)).nonzero().flatten().tolist():
-            raise ValueError(f"clips without a single frame in the batch, at {empty}: drop them before the model")
+        return Slots(frame_mask, frame_places(frame_mask) if places is None else places)
 
     def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """token_ids int64 [N, L], mask bool [N, L] -> pooled [N, D] and tokens [N, L, token_width], not unit length."""
         raise NotImplementedError
 
-    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_frames(
+        self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """frames uint8 or float [V, T, 3, S, S], mask bool [V, T] -> frames [V, T', D] and the whole clips [V, D].
 
+        places: what :func:`frame_places` says of the mask, int64 [R]; None: asked for here, a wait on a CUDA device.
         Not unit length; zeros at padding. None: no feature of whole clips. T' > T where ``read_padding`` adds frames.
         """
         raise NotImplementedError

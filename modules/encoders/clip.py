@@ -187,20 +187,20 @@ class CLIP(Encoder):
             return {}
         return {"visual.conv2.weight": F.pad(tensors["visual.conv1.weight"].unsqueeze(2), (0, 0, 0, 0, 1, 1))}
 
-    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_frames(
+        self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """frames uint8 or float [V, T, 3, S, S], mask bool [V, T] -> [V, T, D] float32, zeros at padding, and None.
 
         Only real frames go through the tower. Raises ValueError for a wrong image side or a clip without any frame.
         """
-        self.check_frames(frames, frame_mask)
+        slots = self.check_frames(frames, frame_mask, places)
         if self.visual.temporal_patch:
             clips = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
-            patches = self.visual.patches(clips)[frame_mask]
+            patches = slots.take(self.visual.patches(clips))
         else:
-            patches = self.visual.patches(self.normalize(frames[frame_mask]))
-        features = self.visual(patches).float()
-        out = features.new_zeros(*frame_mask.shape, features.shape[-1])
-        return out.masked_scatter(frame_mask.unsqueeze(-1), features), None
+            patches = self.visual.patches(self.normalize(slots.take(frames)))
+        return slots.fill(self.visual(patches).float()), None
 
     def text_tokens(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [N, L], L up to the context length -> tokens [N, L, text width] after ``ln_final``.

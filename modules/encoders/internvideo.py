@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.encoders.base import register
+from modules.encoders.base import Slots, register
 from modules.encoders.clip import CLIP, ClipSizes
 from modules.transformer import Attention, Transformer, mlp
 from plugins import flag, within
@@ -33,22 +33,23 @@ class VideoClipSizes(ClipSizes):
     read_after: tuple[int, ...]
 
 
-class Slots:
-    """Where R packed frames stand among the V * T slots of a batch of clips: where `keep`, bool [V, T], is True."""
+def pack(slots: Slots) -> Slots:
+    """The slots with each clip's real frames at its front.
 
-    def __init__(self, keep: Tensor) -> None:
-        places = keep.flatten().nonzero().squeeze(1)
-        self.keep, self.places = keep, None if len(places) == keep.numel() else places  # int64 [R], None if all
-
-    def fill(self, rows: Tensor) -> Tensor:
-        """rows [R, ...] -> [V, T, ...], zeros in empty slots."""
-        if self.places is not None:
-            rows = rows.new_zeros(self.keep.numel(), *rows.shape[1:]).index_copy(0, self.places, rows)
-        return rows.unflatten(0, self.keep.shape)
+    To the convolution over time a frame's neighbours are its clip's other real frames.
+    """
+    if slots.places is None:
+        return slots
+    length, lengths = slots.keep.shape[1], slots.keep.sum(dim=1)
+    clip = slots.places // length
+    number = torch.arange(len(clip), device=clip.device) - (lengths.cumsum(0) - lengths)[clip]  # within its clip
+    return Slots(torch.arange(length, device=clip.device) < lengths[:, None], clip * length + number)
 
 
 class Extractor(nn.Module):
     """``x += attn(ln_1(x), ln_3(y)); x += mlp(ln_2(x))`` (EVL). It starts as the identity, as UniFormerV2's does."""
+
+    is_block = True  # --compile compiles each of them
 
     def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class VideoCLIP(CLIP):
     def merge_weight(cls, options: Any) -> float | None:
         return options.mergeweight if options.mergeclip else None
 
-    def encode_frames(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_frames(self, frames: Tensor, frame_mask: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """frames uint8 or float [V, T, 3, S, S], frame_mask bool [V, T] -> frames [V, T, D], videos [V, D], not unit.
 
         What padding holds does not matter; its features are zeros. Under ``conventions.read_padding`` it is read as
@@ -199,18 +200,16 @@ class VideoCLIP(CLIP):
         included; clips are first filled to ``source_frames`` (its loaders fill to --max_frames), so that the result
         does not depend on the batch. Raises ValueError for a wrong image side or an empty clip.
         """
-        self.check_frames(frames, frame_mask)
+        slots = self.check_frames(frames, frame_mask, places)
         if self.conventions.read_padding:
             missing = max(self.conventions.source_frames - frames.shape[1], 0)
             read = self.normalize(frames).masked_fill(~frame_mask[..., None, None, None], 0)
             read = torch.cat([read, read.new_zeros(len(read), missing, *read.shape[2:])], dim=1)
-            slots = packed = Slots(torch.ones(read.shape[:2], dtype=torch.bool, device=read.device))
+            everywhere = torch.arange(read.shape[0] * read.shape[1], device=read.device)
+            slots = packed = Slots(torch.ones_like(read[:, :, 0, 0, 0], dtype=torch.bool), everywhere)
             read = read.flatten(0, 1)
         else:
-            lengths = frame_mask.sum(dim=1, keepdim=True)
-            # Packed to the front: to the convolution over time a frame's neighbours are its clip's other real frames.
-            packed = Slots(torch.arange(frames.shape[1], device=lengths.device) < lengths)
-            slots, read = Slots(frame_mask), self.normalize(frames[frame_mask])
+            read, packed = self.normalize(slots.take(frames)), pack(slots)
         videos, features = (self.visual_ln_post(x) @ self.visual_proj for x in self.visual(read, packed))
         return slots.fill(features), videos
 

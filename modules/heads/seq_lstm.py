@@ -1,5 +1,6 @@
 """seqLSTM: a one-layer LSTM over the frames, added to them, then the mean (CLIP4Clip, arXiv 2104.08860)."""
 
+import torch
 from torch import Tensor, nn
 
 from modules.heads.base import Head, register
@@ -24,5 +25,7 @@ class SequentialLSTM(Head):
         # The LSTM reads forwards only and padding comes last, so real frames never see it: no packing is needed, and
         # lengths need not leave the device. Zeros in place of padding keep the padded outputs finite.
         padding = ~mask[..., None]
-        hidden, _ = self.lstm_visual(features.masked_fill(padding, 0))
+        # Outside autocast: cuDNN's LSTM would run in float16 whatever type autocast has, where small gradients vanish.
+        with torch.autocast(features.device.type, enabled=False):
+            hidden, _ = self.lstm_visual(features.masked_fill(padding, 0))
         return features + hidden.masked_fill(padding, 0)

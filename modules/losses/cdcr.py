@@ -45,27 +45,27 @@ class CDCR(Loss):
     def forward(self, pairs: Pairs) -> Tensor:
         options, loss = self.options, contrastive_loss(pairs.logits)
         compared = self.compared(pairs)
-        if any(len(x) < 2 for x, _, _ in compared):  # a single row has no deviation
+        if any(x[..., 0].numel() < 2 for x, *_ in compared):  # a single row has no deviation
             return loss
         c = sum(cross_correlation(*rows) for rows in compared) / len(compared)
         return loss + options.cdcr_lambda * decorrelation(c, options.cdcr_alpha1, options.cdcr_alpha2)
 
-    def compared(self, pairs: Pairs) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Rows [M, D] and [M, D] that should agree and their weights [M], None for all alike.
+    def compared(self, pairs: Pairs) -> list[tuple[Tensor, ...]]:
+        """What :func:`cross_correlation` takes: rows that should agree, which of them are real, their weights.
 
         The features of the pairs; with token-wise heads, as ``--cdcr`` says, a token of each drawn at random, or every
         token with its best frame and, apart from it, every frame with its best token.
         """
         text, video = pairs.text, pairs.video
         if not pairs.head.takes_tokens:
-            return [(text, video, None)]
+            return [(text, video)]
         if self.options.cdcr == 1:
             draws = torch.randint(2**31, (2, len(text[0])), generator=pairs.generator)
-            return [(chosen_token(text, draws[0]), chosen_token(video, draws[1]), None)]
+            return [(chosen_token(text, draws[0]), chosen_token(video, draws[1]))]
         best_frame, best_token = pairs.head.best_matches(text, video)
         rows = torch.arange(len(best_frame), device=best_frame.device)[:, None]
         return [
-            (own[mask], other[rows, best][mask], weights[mask] / len(own) if self.options.cdcr == 3 else None)
+            (own, other[rows, best], mask, *([weights / len(own)] if self.options.cdcr == 3 else []))
             for (own, mask, weights), other, best in ((text, video[0], best_frame), (video, text[0], best_token))
         ]
 
@@ -77,14 +77,22 @@ def chosen_token(side: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> Tensor
     return tokens[torch.arange(len(tokens), device=tokens.device), index]
 
 
-def cross_correlation(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Rows [M, D] of both sides and their weights [M], by default 1 / M -> C [D, D].
+def cross_correlation(x: Tensor, y: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """Rows [..., D] of both sides, M of them real by the bool mask [...], and their weights [...] -> C [D, D].
 
-    Channel by channel, rows are brought to zero mean and unit (unbiased) deviation.
+    Without a mask all are real, without weights each has 1 / M. Channel by channel, the real rows are brought to zero
+    mean and unit (unbiased) deviation. How many are real is not asked for: on a CUDA device that would be a wait.
     """
-    x, y = ((rows - rows.mean(dim=0)) / rows.std(dim=0).clamp_min(SMALLEST_STD) for rows in (x, y))
-    weights = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
-    return (x * weights[:, None]).t() @ y
+    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+    real, count = mask.flatten()[:, None], mask.sum()
+
+    def standardized(rows: Tensor) -> Tensor:
+        rows = rows.flatten(0, -2).masked_fill(~real, 0)
+        rows = (rows - rows.sum(dim=0) / count).masked_fill(~real, 0)
+        return rows / (rows.square().sum(dim=0) / (count - 1).clamp_min(1)).sqrt().clamp_min(SMALLEST_STD)
+
+    shares = real / count if weights is None else weights.flatten()[:, None]
+    return (standardized(x) * shares).t() @ standardized(y)
 
 
 def decorrelation(c: Tensor, alpha1: float, alpha2: float) -> Tensor:
