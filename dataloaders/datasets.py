@@ -48,7 +48,10 @@ class Item:
 
 
 class Reader(Protocol):
-    """Where clips come from: `VideoFiles`, `FrameCache` over them, or `FrameFolders`."""
+    """Where clips come from: `VideoFiles`, `FrameCache` over them, or `FrameFolders`.
+
+    Two whose repr is the same give the same frames.
+    """
 
     def read(
         self,
@@ -65,6 +68,10 @@ class Reader(Protocol):
 
     def probe(self, path: Any) -> object:
         """Raises VideoReadError for what cannot be opened; decodes as little as possible."""
+        ...
+
+    def version(self, path: Any) -> tuple:
+        """Another value for what was changed since. Raises OSError."""
         ...
 
 

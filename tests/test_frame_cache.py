@@ -28,6 +28,7 @@ from dataloaders.video import cache as cache_module
 from dataloaders.video.cache import JPEG_QUALITY, FrameCache, info_of
 from dataloaders.video.cache_files import LEFTOVER, files_below, read_entry
 from dataloaders.video.decode import VideoFiles
+from dataloaders.video.folders import FrameFolders
 from dataloaders.video.rules import RULES, FrameRule
 from dataloaders.video.rules.base import frames_within
 from engine.progress import setup_logging
@@ -186,6 +187,14 @@ def test_jpeg_gives_the_same_frames_first_and_later(videos, tmp_path):
         assert np.array_equal(cv2.imdecode(coded, 1)[..., ::-1], first[0].permute(1, 2, 0).numpy())
     raw = FrameCache(tmp_path / "cache", tmp_path / "videos")
     assert torch.equal(raw.read(videos[0], *WHOLE, []), frames_of(videos[0]))
+
+
+def test_readers_that_give_other_frames_have_other_names(tmp_path):
+    """The names of kept features go by them."""
+    raw, lossy = (FrameCache(tmp_path / kind, tmp_path, kind) for kind in ("raw", "jpeg"))
+    assert repr(raw) == repr(VideoFiles()) == "VideoFiles()"
+    assert repr(lossy) == f"FrameCache(jpeg {JPEG_QUALITY})"
+    assert repr(FrameFolders(3.0)) == "FrameFolders(fps=3.0)"
 
 
 class Drawing(FrameRule):

@@ -85,6 +85,14 @@ def test_empty_folders_are_as_missing_ones(tmp_path):
         FrameFolders(1.0).probe(tmp_path / "gone")
 
 
+def test_a_picture_written_over_changes_the_version(tmp_path):
+    folder, reader = write_pictures(tmp_path / "v", [picture(0), picture(1)]), FrameFolders(1.0)
+    before = reader.version(folder)
+    assert reader.version(folder) == before
+    write_pictures(folder, [picture(2)])
+    assert reader.version(folder) != before
+
+
 @pytest.fixture
 def frames_flags(msrvtt_flags, tmp_path) -> list[str]:
     """Flags of a run on the sample's frames, three a second, in place of its videos."""

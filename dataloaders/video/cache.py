@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dataloaders.video.cache_files import Entry, Once, Room, entry_size, read_entry, write_entry
 from dataloaders.video.counting import complains, is_complaining
-from dataloaders.video.decode import read_frames
+from dataloaders.video.decode import VideoFiles, read_frames
 from dataloaders.video.frames import FrameSampling
 from dataloaders.video.opening import VideoReadError
 from dataloaders.video.packets import VideoInfo, probe_video
@@ -94,11 +94,14 @@ class FrameCache:
             raise ValueError(f"a frame cache is {' or '.join(FORMATS)}, got {kind!r}")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--frame_cache {folder} is a file; give a folder")
-        self.folder, self.root, self.kind = folder, root, kind
+        self.folder, self.root, self.kind, self._files = folder, root, kind, VideoFiles()
         self._made_of = folder, root, kind, gigabytes, writers
         self._prefix = os.path.join(root, "")
         self._room = Room(folder, gigabytes * 1e9, writers) if gigabytes else None
         self._stop, self._drawing = Once(), Once()
+
+    def __repr__(self) -> str:
+        return repr(self._files) if self.kind == "raw" else f"FrameCache({self.kind} {JPEG_QUALITY})"
 
     def __reduce__(self) -> tuple:
         return frame_cache, self._made_of
@@ -158,6 +161,10 @@ class FrameCache:
         info = probe_video(path)
         self._keep_packets(path, before, info)
         return info
+
+    def version(self, path: str | os.PathLike) -> tuple:
+        """As of the file itself."""
+        return self._files.version(path)
 
     def _decode(self, path: Any, *choice: Any) -> Tensor:
         sampling, start, end, generator, transform, notes = choice

@@ -72,6 +72,7 @@ def read_frames(
     return with_truth(path, read, info)
 
 
+@dataclass(frozen=True)
 class VideoFiles:
     """Reads clips from video files: one of the readers that a `VideoSource` may have."""
 
@@ -91,6 +92,11 @@ class VideoFiles:
     def probe(self, path: str | os.PathLike) -> object:
         """Raises VideoReadError for a file that cannot be opened and read to its end."""
         return probe_video(path)
+
+    def version(self, path: str | os.PathLike) -> tuple:
+        """Another value for a file that was changed. Raises OSError."""
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
 
 
 def decode_frames(

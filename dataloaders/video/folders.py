@@ -79,6 +79,11 @@ class FrameFolders:
             raise FrameFolderError(path, f"it holds no picture ({', '.join(PICTURES)})")
         return Folder(path, self.fps, names)
 
+    def version(self, path: str | os.PathLike) -> tuple:
+        """Another value for a folder of which a picture was changed. Raises OSError."""
+        states = [entry.stat() for entry in os.scandir(path) if is_picture(entry.name)]
+        return len(states), sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
+
 
 def is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURES) and not name.startswith(".")
