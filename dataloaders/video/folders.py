@@ -81,7 +81,7 @@ class FrameFolders:
 
     def version(self, path: str | os.PathLike) -> tuple:
         """Another value for a folder of which a picture was changed. Raises OSError."""
-        states = [entry.stat() for entry in os.scandir(path) if is_picture(entry.name)]
+        states = [entry.stat() for entry in os.scandir(os.fspath(path)) if is_picture(entry.name)]
         return len(states), sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
 
 
