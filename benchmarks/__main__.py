@@ -20,7 +20,7 @@ SCRIPTS: dict[str, list[str]] = {
     "bench_ranks": ["--captions", "2000", "--videos", "2000", "--rounds", "1"],
     "bench_features": ["--clips", "200", "--sim_header", "meanP"],
     "bench_train": ["--models", "ViT-B/32", "--rounds", "1", "--steps", "1", "--no-compile", "--json", JSON],
-    "bench_memory": ["--pairs", "8", "--pieces", "2"],
+    "bench_memory": ["--batch", "8", "--pieces", "2"],
 }
 LEFT_OUT = {"bench_order"}  # half an hour, and not about speed
 
@@ -38,11 +38,13 @@ def main() -> int:
         flags = [str(figures) if flag == JSON else flag for flag in SCRIPTS[name]]
         print(f"== {name} {' '.join(flags)}", flush=True)
         command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-        with open(args.output_dir / f"{name}.txt", "w") as table:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
-                for line in running.stdout or ():
-                    print(line, end="", flush=True)
-                    table.write(line)
+        with (
+            open(args.output_dir / f"{name}.txt", "w") as table,
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running,
+        ):
+            for line in running.stdout or ():
+                print(line, end="", flush=True)
+                table.write(line)
         failed += [name] if running.returncode else []
     if failed:
         print(f"failed: {', '.join(failed)}")
