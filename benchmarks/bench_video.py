@@ -2,6 +2,7 @@
 
 Contenders, one thread each, in random order within every round, on files made here:
     ours          probe, choose, decode selectively (PyAV), resize each frame as it comes: what a run does
+    packets known the same, of a file whose packets are kept beside a frame cache: another choice of its frames
     floor         the same packets decoded and resized, with all plans made beforehand and nothing checked
     clip4clip     OpenCV, one seek per frame; PIL resize and crop; float tensors, normalised; a float64 array
     cv-sequential OpenCV, every frame grabbed, the wanted ones retrieved; then the same PIL path
@@ -24,7 +25,7 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.timing import race, write_races
-from dataloaders.video.decode import VideoFiles, plan_runs
+from dataloaders.video.decode import plan_runs, read_frames
 from dataloaders.video.frames import FrameSampling
 from dataloaders.video.packets import VideoInfo, probe_video
 from dataloaders.video.transforms import FrameTransform
@@ -75,8 +76,8 @@ def through_opencv(seeks: bool, path: Path, sampling: FrameSampling, size: int) 
     return clip
 
 
-def ours(path: Path, sampling: FrameSampling, size: int) -> torch.Tensor:
-    return VideoFiles().read(path, sampling, None, None, None, FrameTransform(size), [])
+def ours(path: Path, sampling: FrameSampling, size: int, info: VideoInfo | None = None) -> torch.Tensor:
+    return torch.cat(read_frames(path, sampling, transform=FrameTransform(size), info=info))
 
 
 def floor(path: Path, info: VideoInfo, wanted: Sequence[int], size: int) -> torch.Tensor:
@@ -118,6 +119,7 @@ def contenders(path: Path, sampling: FrameSampling, size: int) -> dict[str, Call
     info = probe_video(path)
     wanted = sampling.choose(info.fps, info.frame_count)
     ways: dict[str, Callable] = {"ours": partial(ours, path, sampling, size)}
+    ways["packets known"] = partial(ours, path, sampling, size, info)
     ways["floor"] = partial(floor, path, info, wanted, size)
     ways["clip4clip"] = partial(through_opencv, True, path, sampling, size)
     ways["cv-sequential"] = partial(through_opencv, False, path, sampling, size)
