@@ -38,8 +38,9 @@ from dataloaders.video.cache_files import files_below
 from dataloaders.video.decode import VideoFiles
 from main_task_retrieval import main as run
 
-SAMPLE = """-m tools.sample_data --datatype msrvtt --resolution 240 --max_seconds 15 --clip_resolution 112
-    --clip_patch 28 --clip_vision_layers 1 --clip_vision_width 64 --clip_text_layers 1 --clip_text_width 64 --clip_embed_dim 64"""
+SAMPLE = """-m tools.sample_data --datatype msrvtt --resolution 240 --max_seconds 15
+    --clip_resolution 112 --clip_patch 28 --clip_vision_layers 1 --clip_vision_width 64
+    --clip_text_layers 1 --clip_text_width 64 --clip_embed_dim 64"""
 FLAGS = """--do_train --datatype msrvtt --data_path {root}/msrvtt/MSRVTT_data.json --features_path
     {root}/msrvtt/videos/all --train_csv {root}/msrvtt/MSRVTT_train.9k.csv --val_csv
     {root}/msrvtt/MSRVTT_JSFUSION_test.csv --pretrained_clip_name {root}/clip/tiny_clip.pt --expand_msrvtt_sentences
