@@ -22,6 +22,7 @@ from dataloaders.outage import Outage, look
 from dataloaders.registry import AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import FrameSampling, FrameTransform
+from dataloaders.video.decode import VideoFiles
 
 SOURCE = VideoSource(FrameSampling("stride", 1, 3, 2), FrameTransform(32), frame_order=2)
 
@@ -197,7 +198,7 @@ def test_single_files_that_are_bad_or_gone_are_failures(train, workers):
 def test_opening_finds_what_cannot_be_opened(train):
     train.videos[4].path.write_text("no video")
     for workers in (0, 2):
-        with probe_loader(train, Reading(workers)) as feed:
+        with probe_loader(train, VideoFiles(), Reading(workers)) as feed:
             failures = [failure for batch in feed for failure in batch.failures]
         assert [failure.video_id for failure in failures] == [train.videos[4].video_id]
 
