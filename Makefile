@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m tools.demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --no-error-summary
+
+# Every benchmark with small settings; tables and figures in runs/bench.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
 
 install: $(VENV)/.run
 

@@ -10,12 +10,13 @@ import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.timing import race
+from benchmarks.timing import race, write_races
 from dataloaders.datasets import PairDataset, pad_frames
 from dataloaders.split import RetrievalSplit
 from engine.build import build_model, find_weights
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=20)
     parser.add_argument("--captions", type=int, default=41, help="captions a video; MSVD's test set has 41")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write what was measured to this file as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         sample = f"-m tools.sample_data --datatype msvd --n_train 4 --n_val 4 --n_test {args.videos}".split()
@@ -65,6 +67,7 @@ def main() -> None:
         title = f"{args.videos} videos, {args.captions} captions each"
         found = race(title, {"ours": ours, "other": other}, args.rounds)
         torch.testing.assert_close(found["ours"].similarity.matrix, found["other"], rtol=1e-4, atol=1e-4)
+    write_races(args.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ of the workers at its start and end.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -79,6 +80,7 @@ def long_pass(path: Path, clips: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file as well")
     parser.add_argument("--clips", type=int, default=0, help="clips of a long pass, to see the workers' memory")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,6 +102,9 @@ def main() -> None:
         print(f"  two plain processes {theirs:7.1f} clips/s")
         print(f"  loader, two workers {ours:7.1f} clips/s   {median(ratios):5.2f} of it")
         print(f"  first batch after   {median(firsts) * 1e3:7.0f} ms; one clip alone takes {one * 1e3:.0f} ms")
+        if args.json:
+            found = {"plain_clips_a_second": theirs, "loader_clips_a_second": ours, "ratio": median(ratios)}
+            args.json.write_text(json.dumps(found | {"first_batch_seconds": median(firsts), "one_clip": one}) + "\n")
         if args.clips:
             long_pass(path, args.clips)
 

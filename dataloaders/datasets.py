@@ -6,7 +6,7 @@ and drop it, and evaluation can name all of them; no frame ever stands in for it
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from dataloaders.outage import find_outage
 from dataloaders.split import RetrievalSplit, VideoClip
-from dataloaders.video.decode import read_frames
+from dataloaders.video.decode import VideoFiles
 from dataloaders.video.frames import FrameSampling, order_frames
-from dataloaders.video.packets import VideoReadError, probe_video
+from dataloaders.video.opening import VideoReadError
 from dataloaders.video.transforms import FrameTransform
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
@@ -47,13 +47,42 @@ class Item:
         return isinstance(self.frames, Failure)
 
 
+class Reader(Protocol):
+    """Where clips come from: `VideoFiles`, `FrameCache` over them, or `FrameFolders`.
+
+    Two whose repr is the same give the same frames.
+    """
+
+    def read(
+        self,
+        path: Any,
+        sampling: FrameSampling,
+        start: float | None,
+        end: float | None,
+        generator: np.random.Generator | None,
+        transform: FrameTransform,
+        notes: list[str],
+    ) -> Tensor:
+        """Frames uint8 [T, 3, S, S] of a clip, as `read_frames` chooses them. Raises VideoReadError."""
+        ...
+
+    def probe(self, path: Any) -> object:
+        """Raises VideoReadError for what cannot be opened; decodes as little as possible."""
+        ...
+
+    def version(self, path: Any) -> tuple:
+        """Another value for what was changed since. Raises OSError."""
+        ...
+
+
 @dataclass(frozen=True)
 class VideoSource:
-    """How a clip becomes frames: which are chosen, in what order, resized how."""
+    """How a clip becomes frames: which are chosen, in what order, resized how, read from where."""
 
     sampling: FrameSampling
     transform: FrameTransform
     frame_order: int = 0  # 0 as filmed, 1 reversed, 2 shuffled
+    reader: Reader = VideoFiles()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -77,14 +106,14 @@ class VideoSource:
         span = clip.start, clip.end
         notes: list[str] = []
         try:
-            clips = read_frames(clip.path, self.sampling, *span, "pyav", drawing, self.transform, notes)
+            frames = self.reader.read(clip.path, self.sampling, *span, drawing, self.transform, notes)
         except VideoReadError as error:
             if outage := find_outage(clip.path, error):
                 raise outage from error
             return Item(index, clip.video_id, Failure(clip.video_id, str(error)), caption)
         if self.frame_order:
-            clips = [clips[n] for n in order_frames(range(len(clips)), self.frame_order, generator)]
-        return Item(index, clip.video_id, torch.cat(clips), caption, tuple(notes))
+            frames = frames[order_frames(range(len(frames)), self.frame_order, generator)]
+        return Item(index, clip.video_id, frames, caption, tuple(notes))
 
 
 class VideoDataset(Dataset):
@@ -107,13 +136,13 @@ class VideoDataset(Dataset):
 class ProbeDataset(VideoDataset):
     """Each video of a split once, opened but not decoded: one black pixel where that succeeds."""
 
-    def __init__(self, split: RetrievalSplit) -> None:
-        self.split = split
+    def __init__(self, split: RetrievalSplit, reader: Reader) -> None:
+        self.split, self.reader = split, reader
 
     def __getitem__(self, index: int) -> Item:
         clip = self.split.videos[index]
         try:
-            probe_video(clip.path)
+            self.reader.probe(clip.path)
         except VideoReadError as error:
             if outage := find_outage(clip.path, error):
                 raise outage from error

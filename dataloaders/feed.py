@@ -57,7 +57,7 @@ class Feed:
     is not finished.
 
     shape: of the largest clip, uint8 (T, 3, S, S); batch_size: clips of the largest batch. `interrupted` says whether
-    the run was asked to stop: then one batch without clips ends the pass. Raises FeedError when a worker was killed or
+    to give up waiting: then one batch without clips ends the pass. Raises FeedError when a worker was killed or
     stalls, and when a place is away for too long.
     """
 
@@ -107,6 +107,8 @@ class Feed:
                 )
             self._noted = noted
         except _Stopped:
+            if self._workers is not None:
+                self._workers.abandon()
             yield self.collate([])
         except Outage as outage:
             raise self._outage_error(outage) from outage

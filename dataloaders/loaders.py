@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dataloaders.datasets import Collate, PairDataset, ProbeDataset, Tokenize, VideoDataset, VideoSource, trim
+from dataloaders.datasets import Collate, PairDataset, ProbeDataset, Reader, Tokenize, VideoDataset, VideoSource, trim
 from dataloaders.feed import Feed, Reading
 from dataloaders.split import RetrievalSplit
 
@@ -75,10 +75,10 @@ def video_loader(
     return Feed(VideoDataset(split, source, reading.seed), batches, Collate(), reading, source.shape, batch_size)
 
 
-def probe_loader(split: RetrievalSplit, reading: Reading) -> Feed:
+def probe_loader(split: RetrievalSplit, reader: Reader, reading: Reading) -> Feed:
     """This rank's share of the split's videos, only opened: of the batches only ``failures`` counts."""
     batches = ShardedBatches(len(split.videos), PROBES, reading.rank, reading.world_size)
-    return Feed(ProbeDataset(split), batches, Collate(), replace(reading, device=None), (1, 3, 1, 1), PROBES)
+    return Feed(ProbeDataset(split, reader), batches, Collate(), replace(reading, device=None), (1, 3, 1, 1), PROBES)
 
 
 class HasCaptions(Protocol):

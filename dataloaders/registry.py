@@ -6,7 +6,7 @@ A file of this folder that registers a dataset is found by itself.
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from dataloaders.annotation_files import AnnotationFiles
 from dataloaders.dataset import DATASETS, Dataset
 from dataloaders.integrity import with_own_counts
 from dataloaders.split import RetrievalSplit, VideoFolderError, first_ids
+from dataloaders.video.folders import index_folders
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FOLDERS_TO_LOOK_INTO = 100
@@ -137,10 +138,8 @@ def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> 
         wanted = first.path or f"{candidates(first.video_id)[0]}{dataset.extensions[0]}"
         holds = f"{len(index)} videos such as {first_ids(sorted(index), 3)}"
         if not index and (frames := folder_of_frames(root, dataset.extensions)):
-            holds = (
-                f"extracted frames, such as those in {frames}, and no video; frames cannot be read: give the folder "
-            )
-            holds += "of the videos that they were taken from"
+            holds = f"extracted frames, such as those in {frames}, and no video; to read frames, give the folder above "
+            holds += "them as --frames_path, with --frames_fps, in place of --features_path"
         elif not index:
             others = Counter(os.path.splitext(name)[1] or "no extension" for name, _ in _walk(root, dataset.recursive))
             what = ", ".join(f"{count} {kind}" for kind, count in others.most_common(3)) or "no file at all"
@@ -151,5 +150,31 @@ def locate_videos(split: RetrievalSplit, root: str | Path, dataset: Dataset) -> 
             f"looked for names such as '{wanted}' ({', '.join(dataset.extensions)}) "
             f"{'at any depth' if dataset.recursive else 'directly in it'}; it holds {holds}"
         )
+    return _with_paths(split, paths)
+
+
+def _with_paths(split: RetrievalSplit, paths: Mapping[str, Path]) -> RetrievalSplit:
     found = split.drop(clip.video_id for clip in split.videos if clip.video_id not in paths)
     return replace(found, videos=tuple(replace(clip, path=paths[clip.video_id]) for clip in found.videos))
+
+
+def locate_frames(split: RetrievalSplit, root: Path, dataset: Dataset) -> RetrievalSplit:
+    """As `locate_videos`, with the folder of each video's extracted frames, named by its id, as its path.
+
+    A video without such a folder, or with an empty one, is missing. Raises VideoFolderError.
+    """
+    try:
+        index = index_folders(root)
+    except OSError as error:
+        raise VideoFolderError(f"--frames_path {root}: it cannot be listed ({error.strerror})") from error
+    paths: dict[str, Path] = {}
+    for clip in split.videos:
+        names = [*([clip.path.stem] if clip.path else []), *dataset.candidates(clip.video_id)]
+        if name := next((name for name in names if name in index), None):
+            paths[clip.video_id] = index[name]
+    if not paths:
+        holds = f"{len(index)} folders with pictures" + (f" such as {first_ids(sorted(index), 3)}" if index else "")
+        wanted = f"looked for folders such as '{dataset.candidates(split.videos[0].video_id)[0]}' directly in it"
+        none = f"none of the {len(split.videos)} videos of {split.dataset} {split.name} found"
+        raise VideoFolderError(f"--frames_path {root}: {none}; {wanted}; it holds {holds}")
+    return _with_paths(split, paths)

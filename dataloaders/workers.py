@@ -174,6 +174,12 @@ class Workers:
             return list(ANSWER.iter_unpack(os.read(self._answers, 1024 * ANSWER.size)))
         return []
 
+    def abandon(self) -> None:
+        """Kill all and wait for none: the run ends, and one that hangs in the kernel would hold it."""
+        for pid in self.pids.values():
+            os.kill(pid, signal.SIGKILL)
+        self.pids.clear()
+
     def dead(self) -> tuple[int, int, int] | None:
         """A worker that is no more: its number, process, and exit status, for a signal minus its number."""
         for number, pid in list(self.pids.items()):

@@ -9,14 +9,25 @@ import torch
 
 from checkpoints.read import CheckpointError
 from dataloaders.annotation_files import READ, AnnotationFiles
-from dataloaders.datasets import VideoSource
+from dataloaders.datasets import Reader, VideoSource
 from dataloaders.feed import Feed, Reading
 from dataloaders.integrity import Overlap, caption_doubts, check_complete, check_overlap
 from dataloaders.loaders import CaptionBatches, pair_loader, probe_loader, video_loader
 from dataloaders.machine import default_workers
-from dataloaders.registry import DATASETS, QueryBank, load_query_bank, load_split, short_id
+from dataloaders.registry import (
+    DATASETS,
+    QueryBank,
+    load_annotations,
+    load_query_bank,
+    load_split,
+    locate_frames,
+    short_id,
+)
 from dataloaders.split import RetrievalSplit
 from dataloaders.video import FrameSampling, FrameTransform
+from dataloaders.video.cache import frame_cache
+from dataloaders.video.decode import VideoFiles
+from dataloaders.video.folders import FrameFolders
 from engine.build import Weights
 from engine.distributed import World
 from engine.options import Options
@@ -37,11 +48,16 @@ def load_data(options: Options, name: str) -> RetrievalSplit:
     if not data.data_path.exists():
         raise ValueError(f"--data_path {data.data_path}: no such file or folder")
     files = AnnotationFiles(data.data_path, options.own["datatype"])
-    split = load_split(data.datatype, name, files, data.features_path)
+    if data.frames_path:
+        split = locate_frames(load_annotations(data.datatype, name, files), data.frames_path, DATASETS[data.datatype])
+    else:
+        split = load_split(data.datatype, name, files, data.features_path)
     for doubt in caption_doubts(split):
         log.warning("%s; are they meant so?", doubt)
     check_complete(split, data.allow_missing, training=name == "train")
-    read = f"frames by the {data.frame_rule} rule; files {' '.join(DATASETS[data.datatype].extensions)}"
+    files_read = " ".join(DATASETS[data.datatype].extensions)
+    where = f"folders of frames, {data.frames_fps:g} a second" if data.frames_path else f"files {files_read}"
+    read = f"frames by the {data.frame_rule} rule; {where}"
     log.info(f"{split.dataset} {name}: {len(split.videos)} videos, {len(split.captions)} captions; {read}")
     return split
 
@@ -136,7 +152,18 @@ class Loaders:
         sampling = FrameSampling(data.frame_rule, data.feature_framerate, data.max_frames, options=own)
         image = self.image
         resize = FrameTransform(image.size, image.resize_mode, image.interpolation, image.fill_color)
-        return VideoSource(sampling, resize, frame_order)
+        return VideoSource(sampling, resize, frame_order, self.reader())
+
+    def reader(self) -> Reader:
+        """Where the clips of the run come from."""
+        data = self.options.data
+        if data.frames_path:
+            return FrameFolders(data.frames_fps)
+        if not (data.frame_cache and data.features_path):
+            return VideoFiles()
+        writers = self.world.size * max(self.reading().num_workers, 1)
+        bound = data.frame_cache_format, data.frame_cache_gb, writers
+        return frame_cache(data.frame_cache, data.features_path, *bound)
 
     def reading(self) -> Reading:
         data, world = self.options.data, self.world
@@ -159,7 +186,7 @@ class Loaders:
 
     def probes(self, split: RetrievalSplit) -> Feed:
         """The split's videos, only opened: this rank's share."""
-        return probe_loader(split, self.reading())
+        return probe_loader(split, self.reader(), self.reading())
 
     def videos(
         self,

@@ -78,7 +78,9 @@ def without(split: RetrievalSplit, unread: Sequence[Failure], allow_missing: boo
     if failures:
         first = ", the first:\n" + "\n".join(f"  {message}" for _, message in failures[:5])
         if len(failures) == len(split.videos):
-            raise DataError(f"none of the {len(failures)} videos can be read{first}\nGive another --features_path")
+            raise DataError(
+                f"none of the {len(failures)} videos can be read{first}\nGive another folder of videos or frames"
+            )
         told = f"{len(failures)} of {len(split.videos)} videos of {split.dataset} {split.name} cannot be read"
         if not allow_missing:
             remedy = "Repair them, or give --allow_missing to leave them out, which raises recall: a smaller gallery"

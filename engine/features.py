@@ -110,10 +110,10 @@ def video_path(
     content: list[Any] = []
     for clip in (split.videos[i] for i in batch):
         try:
-            state = clip.path.stat()
+            version = source.reader.version(clip.path)
         except OSError:
             return None  # whoever reads it says what is wrong
-        content.append((str(clip.path.resolve()), state.st_size, state.st_mtime_ns, clip.start, clip.end))
+        content.append((str(clip.path.resolve()), *version, clip.start, clip.end))
     drawn = (seed, list(batch)) if source.frame_order == 2 else ()
     return cache.path("videos", content, source, drawn)
 

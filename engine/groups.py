@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.registry import DATASETS
+from dataloaders.video.cache import FORMATS
 from dataloaders.video.rules import RULES
 from engine.compat import COMPAT
 from modules.encoders import ENCODERS
@@ -22,6 +23,19 @@ class DataOptions:
     datatype: str = flag("msrvtt", f"dataset: {', '.join(DATASETS)}")
     data_path: Path | None = flag(None, "annotations: a folder, for msrvtt the file MSRVTT_data.json", type=Path)
     features_path: Path | None = flag(None, "folder that holds the video files", type=Path)
+    frames_path: Path | None = flag(
+        None, "in place of --features_path: folder of extracted frames, <id>/000001.jpg and so on", type=Path
+    )
+    frames_fps: float = flag(0.0, "pictures per second of video in --frames_path", must_be=at_least(0))
+    frame_cache: Path | None = flag(
+        None, "folder where decoded clips are kept: each is decoded once, then read", type=Path
+    )
+    frame_cache_format: str = flag(
+        "raw", "raw: frames as they are; jpeg: about a tenth of the space, slower, lossy (quality 90)", choices=FORMATS
+    )
+    frame_cache_gb: float = flag(
+        0.0, "GB that --frame_cache may hold; 0: as much as the disk takes", must_be=at_least(0), on_resume="free"
+    )
     max_words: int = flag(32, "caption length in tokens, start and end included", must_be=at_least(2))
     max_frames: int = flag(12, "frames per clip at most", must_be=at_least(1))
     feature_framerate: int = flag(1, "frames taken per second before thinning to --max_frames", must_be=at_least(1))

@@ -218,6 +218,24 @@ def check_model(options: Options) -> None:
         raise ValueError("--mergeclip averages the file of --pretrained_path with a CLIP; add --pretrained_path")
 
 
+def check_frames(options: Options) -> None:
+    """Raises ValueError unless there is one place that frames come from."""
+    data = options.data
+    if data.features_path is None and data.frames_path is None:
+        raise ValueError("--features_path is required, or --frames_path for frames that are extracted already")
+    if data.features_path and data.frames_path:
+        raise ValueError("--features_path (videos) and --frames_path (extracted frames) exclude each other; give one")
+    if data.frames_path and not data.frames_fps:
+        raise ValueError("--frames_path needs --frames_fps, the pictures per second that were extracted")
+    if data.frames_fps and not data.frames_path:
+        raise ValueError("--frames_fps belongs to --frames_path")
+    if data.frames_path and data.frame_cache:
+        raise ValueError("--frame_cache keeps what is decoded from videos; with --frames_path leave it out")
+    for name in ("frame_cache_format", "frame_cache_gb"):
+        if name in options.given and not data.frame_cache:
+            raise ValueError(f"--{name} belongs to --frame_cache")
+
+
 def check_run(options: Options) -> None:
     """Raises ValueError for a run that cannot be."""
     model, train, run, values = options.model, options.train, options.run, options.values
@@ -227,9 +245,10 @@ def check_run(options: Options) -> None:
     missing = {split: f"--{name} ({example})" for split, (name, example) in lists if values[name] is None}
     if not (run.do_train or run.do_eval):
         raise ValueError("nothing to do: give --do_train, --do_eval or both")
-    for name in ("output_dir", "data_path", "features_path"):
+    for name in ("output_dir", "data_path"):
         if values[name] is None:
             raise ValueError(f"--{name} is required")
+    check_frames(options)
     if run.eval_split in missing:
         raise ValueError(f"--datatype {datatype} needs {missing[run.eval_split]}")
     if run.do_train and "train" in missing:

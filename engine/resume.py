@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -42,15 +43,19 @@ class Interrupted(BaseException):
         self.exit_code = 128 + number
 
 
+PATIENCE = 18.0  # seconds; torchrun kills what has not ended 30 s after a signal
+
+
 class StopRequest:
     """SIGTERM and Ctrl-C raise :class:`Interrupted` while this context is open: at once, or where work is under way
     that would be lost, inside :meth:`deferred`, when that ends.
 
-    Repeated signals change nothing: torchrun passes on the Ctrl-C that the terminal already sent to every process.
+    A repeated signal only ends a wait for data sooner: torchrun passes on the Ctrl-C that the terminal already sent to
+    every process.
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._times, self._first = 0, 0, 0.0
         self._deferring = False
         self._before: dict[int, Any] = {}
 
@@ -64,9 +69,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = not self.received, self.received or number
+        first, self.received, self._times = not self.received, self.received or number, self._times + 1
+        if first:
+            self._first = time.monotonic()
         if first and not self._deferring:
             raise Interrupted(number)
+
+    def urgent(self) -> bool:
+        """Whether even a batch that is waited for is to be given up: after PATIENCE, or a second signal."""
+        return self._times > 1 or (self._times == 1 and time.monotonic() - self._first > PATIENCE)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -241,7 +241,7 @@ def fine_tune(
     evaluation = None
     most_dropped = max(ALWAYS_DROPPED, options.data.max_dropped * len(data.train.videos))
     run = Training(trainer, loader, training, folder, most_dropped, record, beside, state, stop, writer)
-    loader.interrupted = lambda: bool(stop.received)
+    loader.interrupted = stop.urgent
     with loader:
         for epoch in range(state.epoch, training.epochs):
             if state.step == 0:  # ranks draw different dropout; within an epoch a resume restores the generator

@@ -94,3 +94,16 @@ def run_tasks(folder: Path, runs: Mapping[str, Mapping], flags: Sequence[str]) -
         [(status, errors)] = finish([start([script, str(folder), json.dumps(told), *flags])], folder)
     assert status == 0, errors
     return {name: (folder / name, tasks) for name, tasks in json.loads((folder / "report.json").read_text()).items()}
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int):
+    """A tmpfs of a few megabytes on `folder` where this process may mount one; tells whether it could."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)

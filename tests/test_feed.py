@@ -21,9 +21,10 @@ from dataloaders.msrvtt import Options
 from dataloaders.outage import Outage, look
 from dataloaders.registry import AnnotationFiles, load_split
 from dataloaders.split import RetrievalSplit
-from dataloaders.video import FrameSampling
+from dataloaders.video import FrameSampling, FrameTransform
+from dataloaders.video.decode import VideoFiles
 
-SOURCE = VideoSource(FrameSampling("stride", 1, 3, 2), 32, frame_order=2)
+SOURCE = VideoSource(FrameSampling("stride", 1, 3, 2), FrameTransform(32), frame_order=2)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_a_request_to_stop_ends_the_wait_whatever_a_worker_does(train, stopped):
     last = list(batches)[-1]
     assert len(last.index) == 0
     assert not last.failures
-    assert not any(map(alive, pids))
+    assert {os.waitpid(pid, 0)[1] for pid in pids} == {signal.SIGKILL}  # nobody waited for them
 
 
 def test_workers_that_are_suspended_before_they_take_a_clip_are_named(train):
@@ -197,7 +198,7 @@ def test_single_files_that_are_bad_or_gone_are_failures(train, workers):
 def test_opening_finds_what_cannot_be_opened(train):
     train.videos[4].path.write_text("no video")
     for workers in (0, 2):
-        with probe_loader(train, Reading(workers)) as feed:
+        with probe_loader(train, VideoFiles(), Reading(workers)) as feed:
             failures = [failure for batch in feed for failure in batch.failures]
         assert [failure.video_id for failure in failures] == [train.videos[4].video_id]
 

@@ -369,3 +369,50 @@ def test_damage_stays_refused_in_files_that_are_odd(tmp_path):
         except VideoReadError:
             refused += 1
     assert refused >= 10
+
+
+def test_a_lost_reference_is_noticed_where_numbers_begin_anew(tmp_path):
+    how = {"codec_options": {"x264-params": "scenecut=0:bframes=0:keyint=1000:ref=4"}}
+    source = make_video(tmp_path / "source.mkv", 60, **how)
+    for lost in (15, 16, 17, 31, 32):  # numbers count modulo 16
+        path = copy_stream(source, tmp_path / f"{lost}.mkv", lambda position, _, lost=lost: position != lost)
+        with pytest.raises(VideoReadError):
+            decode_frames(path, list(range(59)))
+
+
+def test_of_two_films_the_first_is_read(tmp_path):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as out:
+        films = [out.add_stream("mpeg4", rate=rate) for rate in (15, 30)]
+        for film in films:
+            film.width, film.height, film.pix_fmt = 96, 64, "yuv420p"
+        for number in range(60):
+            for film, step in zip(films, (2, 1)):
+                if number % step == 0:
+                    frame = av.VideoFrame.from_ndarray(picture(number if step == 1 else 500 + number), format="rgb24")
+                    frame.pts, frame.time_base = number // step, Fraction(step, 30)
+                    out.mux(film.encode(frame))
+        for film in films:
+            out.mux(film.encode(None))
+    assert (probe_video(path).fps, probe_video(path).frame_count) == (15, 30)
+    assert [number_of(image) for image in decode_frames(path, [0, 10])] == [500, 520]
+
+
+def test_a_still_scene_whose_packets_are_small_is_not_taken_for_placeholders(tmp_path):
+    source = make_video(
+        tmp_path / "source.avi", 60, codec="mpeg4", gop=30, draw=lambda number, *size: picture(7, *size)
+    )
+
+    def cut(position, packet):
+        if position != 10:
+            return packet
+        short = av.Packet(bytes(packet)[:4])
+        short.pts, short.dts, short.time_base = packet.pts, packet.dts, packet.time_base
+        return short
+
+    with av.open(str(source)) as container:
+        assert next(p.size for n, p in enumerate(container.demux(video=0)) if n == 10) < 20
+    for extension in ("avi", "mkv"):
+        path = remux(source, tmp_path / f"short.{extension}", edit=cut)
+        with pytest.raises(VideoReadError):
+            decode_frames(path, list(range(60)))

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from open_clip_models import save_tiny
 from repository_copy import ROOT, copy_repository, run_in
 
+from dataloaders.video import FrameSampling, read_frames
 from modules.encoders.clip import ClipSizes
 from modules.encoders.internvideo import VideoCLIP, VideoClipSizes
 from tools import flags
@@ -74,6 +76,11 @@ def home(sample_all, tmp_path_factory) -> Path:
     folder = copy_repository(tmp_path_factory.mktemp("home") / "repository")
     for data in ("msrvtt", "msvd", "lsmdc", "activity", "didemo", "vatex"):
         shutil.copytree(sample_all / data, folder / "data" / data)
+    for video in (folder / "data" / "msvd" / "videos").glob("*"):  # what some projects distribute in place of videos
+        (folder / "data" / "msvd" / "frames" / video.stem).mkdir(parents=True)
+        for number, image in enumerate(read_frames(video, FrameSampling("stride", 3, 60)), start=1):
+            name = folder / "data" / "msvd" / "frames" / video.stem / f"{number:06d}.jpg"
+            cv2.imwrite(str(name), image[..., ::-1])
     (folder / "weights").mkdir()
     shutil.copy(sample_all / "clip" / "tiny_clip.pt", folder / "weights" / "clip.pt")
     torch.manual_seed(0)
@@ -95,6 +102,7 @@ def test_every_command_of_a_page_runs(page, home):
         "docs/heads.md": [("msvd_zero_shot", 12)],
         "docs/encoders.md": [("msvd_siglip", 12), ("msvd_siglip_tuned_eval", 12)],
         "docs/training.md": [("msvd_meanP", 12)],
+        "docs/frame_cache.md": [("msvd_cached", 12), ("msvd_frames", 12)],
         "docs/scripts.md": [("msvd", 12), ("msvd_rerun", 12)],
     }.get(page, []):
         assert json.loads((home / "runs" / folder / "results.json").read_text())["n_videos"] == count

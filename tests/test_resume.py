@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import LIMIT, ROOT
+from launching import LIMIT, ROOT, small_disk
 
 import engine.step
 from checkpoints.whole import remove_leftovers, write_whole
@@ -78,19 +78,6 @@ def assert_same_outcome(ours: Path, theirs: Path) -> None:
         assert all(torch.equal(mine[name], yours[name]) for name in mine)
     assert got[2:] == want[2:]
     assert len(got[2]) == 3
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int):
-    """A tmpfs of a few megabytes on `folder` where this process may mount one; tells whether it could."""
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", *options], capture_output=True).returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

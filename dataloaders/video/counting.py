@@ -34,7 +34,12 @@ def strictness(info: VideoInfo) -> list[bool]:
     """
     if info.codec != "h264":
         return [True]
-    return [False] if _complaining.get(identity(info.path)) else [True, False]
+    return [False] if is_complaining(info) else [True, False]
+
+
+def is_complaining(info: VideoInfo) -> bool:
+    """Whether a file is known to be one that can be decoded, but not strictly."""
+    return _complaining.get(identity(info.path), False)
 
 
 def complains(info: VideoInfo) -> None:

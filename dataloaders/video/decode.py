@@ -15,13 +15,16 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
+from torch import Tensor
 
 from dataloaders.video.counting import all_frames, complains, strictness, with_truth
 from dataloaders.video.frames import FrameSampling, choose_of
 from dataloaders.video.h264 import Continuity
 from dataloaders.video.looks import upright_rgb
 from dataloaders.video.opening import READ_ERRORS, NotAsPlanned, VideoReadError, open_decoder, unhidden
-from dataloaders.video.packets import VideoInfo
+from dataloaders.video.packets import VideoInfo, probe_video
+from dataloaders.video.transforms import FrameTransform
 
 DECODERS = ("pyav",)
 # Decoders that leave out a single unreferenced picture on demand. AV1's fixes the choice when it opens.
@@ -38,30 +41,62 @@ def read_frames(
     generator: np.random.Generator | None = None,
     transform: Transform | None = None,
     notes: list[str] | None = None,
+    info: VideoInfo | None = None,
+    found: Callable[[VideoInfo], object] | None = None,
 ) -> Any:
     """The frames of a clip: uint8 [T, H, W, 3] RGB, upright, 1 <= T <= sampling.max_frames, in order of time.
 
     start, end: the clip's span in seconds (None: whole video). generator: in training, for a rule that draws at random.
     transform: applied to each frame, uint8 [1, H, W, 3], as it comes, so that large pictures are never held together;
-    the result is then the list of what it gave. notes: gets what there is to say about the file.
+    the result is then the list of what it gave. notes: gets what there is to say about the file. info: what it holds,
+    where that is known. found: called with what it turned out to hold.
     Raises VideoReadError when the file cannot give every chosen frame, or when no frame can be chosen from it.
     """
     state = generator.bit_generator.state if generator else None
 
-    def read(info: VideoInfo) -> Any:
+    def read(now: VideoInfo) -> Any:
         if generator:  # a second attempt draws as a first one would
             generator.bit_generator.state = state
         try:
-            indices = choose_of(sampling, info, start, end, generator)
+            indices = choose_of(sampling, now, start, end, generator)
         except ValueError as error:
-            raise VideoReadError(info.path, str(error)) from error
-        images = _decode(info, indices, transform)
+            raise VideoReadError(now.path, str(error)) from error
+        images = _decode(now, indices, transform)
         if notes is not None:
-            notes[:] = info.notes
+            notes[:] = now.notes
+        if found is not None:
+            found(now)
         return images
 
     path = _checked(path, decoder)
-    return with_truth(path, read)
+    return with_truth(path, read, info)
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """Reads clips from video files: one of the readers that a `VideoSource` may have."""
+
+    def read(
+        self,
+        path: str | os.PathLike,
+        sampling: FrameSampling,
+        start: float | None,
+        end: float | None,
+        generator: np.random.Generator | None,
+        transform: FrameTransform,
+        notes: list[str],
+    ) -> Tensor:
+        """A clip's frames, uint8 [T, 3, S, S]; the rest as for `read_frames`."""
+        return torch.cat(read_frames(path, sampling, start, end, "pyav", generator, transform, notes))
+
+    def probe(self, path: str | os.PathLike) -> object:
+        """Raises VideoReadError for a file that cannot be opened and read to its end."""
+        return probe_video(path)
+
+    def version(self, path: str | os.PathLike) -> tuple:
+        """Another value for a file that was changed. Raises OSError."""
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
 
 
 def decode_frames(

@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dataloaders.video.rules import RULES
 from plugins import from_flags
 
-if TYPE_CHECKING:
-    from dataloaders.video.packets import VideoInfo
+
+class Paced(Protocol):
+    """What frames are chosen from: `frame_count` of them, `fps` a second."""
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def frame_count(self) -> int: ...
 
 
 def order_frames(indices: Sequence[int], frame_order: int, generator: np.random.Generator | None = None) -> list[int]:
@@ -95,7 +102,7 @@ class FrameSampling:
 
 def choose_of(
     sampling: FrameSampling,
-    info: VideoInfo,
+    info: Paced,
     start: float | None = None,
     end: float | None = None,
     generator: np.random.Generator | None = None,

@@ -11,6 +11,7 @@ import av
 HIGH_PROFILES = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}
 SLICE, IDR, MESSAGE, PARAMETERS, PICTURE_PARAMETERS = 1, 5, 6, 7, 8
 RECOVERY_POINT = 6  # type of a message: from here on, decoding can begin (D.1.8)
+LOST_AT_ONCE = 4  # pictures
 ENOUGH = 64  # bytes that surely hold a slice header's beginning
 
 
@@ -203,7 +204,7 @@ class Continuity:
 
     FFmpeg puts copies in their places without a word. forgiving: let pass what may be right: a number of 1, to
     which an operation that sets all references free leads (8.2.1; it stands too deep in the header to be looked for),
-    and a header that cannot be read here, but perhaps by the decoder.
+    unless just a few would be missing; and a header that cannot be read here, but perhaps by the decoder.
     """
 
     def __init__(self, extradata: bytes | None, forgiving: bool) -> None:
@@ -227,8 +228,8 @@ class Continuity:
             return self.forgiving
         if here is None:
             return True
-        expected = self.last is None or here.idr or here.gaps_allowed
-        expected = expected or here.number in (self.last, (self.last + 1) % here.modulus)
+        missing = 0 if self.last in (None, here.number) else (here.number - self.last - 1) % here.modulus
+        expected = not missing or here.idr or here.gaps_allowed
         # A picture that none leans on has the next number, too, but does not use it up.
         if here.reference or self.last is None:
             self.last = here.number if here.reference else (here.number - 1) % here.modulus
@@ -240,4 +241,4 @@ class Continuity:
                 self.doubtful.add(packet.pts)
             else:
                 self.start = None
-        return expected or (self.forgiving and here.number == 1)
+        return expected or (self.forgiving and here.number == 1 and missing > LOST_AT_ONCE)

@@ -86,8 +86,11 @@ _beginnings: OrderedDict[tuple, int] = OrderedDict()
 
 
 def identity(path: str) -> tuple:
-    """What tells a file from others and from its later versions."""
-    state = os.stat(path)
+    """What tells a file from others and from its later versions. Raises VideoReadError for one that is gone."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise VideoReadError(path, f"it is not there any more ({error.strerror})") from error
     return os.path.abspath(path), state.st_size, state.st_mtime_ns
 
 
