@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import dataloaders.datasets
+import dataloaders.video.decode
 from dataloaders.registry import DATASETS, AnnotationFiles, load_split
 from main_task_retrieval import main
 from plugins import from_flags
@@ -79,13 +79,13 @@ test_videos.__test__ = False
 
 def count_reads(monkeypatch) -> list[Path]:
     """Paths of the videos read from now on, one entry a reading; reading itself goes on as before."""
-    paths, read = [], dataloaders.datasets.read_frames
+    paths, read = [], dataloaders.video.decode.read_frames
 
     def counted(path, *args, **more):
         paths.append(path)
         return read(path, *args, **more)
 
-    monkeypatch.setattr(dataloaders.datasets, "read_frames", counted)
+    monkeypatch.setattr(dataloaders.video.decode, "read_frames", counted)
     return paths
 
 
